@@ -1,0 +1,9 @@
+"""First-order hypergradients: EvoGrad (Bohdal, Yang, Hospedales, NeurIPS 2021), what goes beyond it, and what to compare it with."""
+
+from . import baselines
+from .hypergradient import hypergradient
+from .mixed_mode import mixed_mode
+from .problem import Hypergradient
+
+__all__ = ["Hypergradient", "baselines", "hypergradient", "mixed_mode"]
+__version__ = "0.1.0"

@@ -1,0 +1,133 @@
+"""What a step costs: seconds, peak bytes and FLOPs, of anything that can be called."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds: median of one step, None under FakeTensorMode.  peak_bytes: see `peak_bytes`.  flops: of one step."""
+
+    seconds: float | None
+    peak_bytes: int
+    flops: int
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations have touched and that are still alive; `peak` is the largest sum so far.
+
+    What counts is each tensor's storage, once, from the operation that makes or first reads it until the last tensor
+    that uses it is gone: exact, reproducible, and the same under FakeTensorMode. Workspaces inside an operation are not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, tuple[weakref.ref, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._storages.get(key)
+        if known is not None and known[0]() is storage:
+            self.live += size - known[1]  # resized
+        else:
+            self.live += size
+        if known is None or known[1] != size or known[0]() is not storage:
+            self._storages[key] = (weakref.ref(storage, lambda ref, key=key: self._remove(key, ref)), size)
+        self.peak = max(self.peak, self.live)
+
+    def _remove(self, key: int, ref: weakref.ref) -> None:
+        known = self._storages.get(key)
+        if known is not None and known[0] is ref:
+            self.live -= self._storages.pop(key)[1]
+
+
+def peak_bytes(step: Step) -> int:
+    """Largest number of bytes of tensors alive at once during `step`, those that exist before and that it uses counted in.
+
+    On a CUDA machine that works on the device: the allocator's peak. Otherwise `LiveBytes`. The step runs twice: the first
+    run makes what stays (optimizer state) and shows which tensors belong to the step.
+    """
+    if _on_cuda():
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    with LiveBytes() as live:
+        step()
+        live.peak = live.live
+        step()
+    return live.peak
+
+
+def flops(step: Step) -> int:
+    """Floating-point operations of `step` (matrix products and convolutions; a multiply-add counts as two)."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def seconds(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them: quote ratios."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(warmup + repeats):
+        for name, step in steps.items():
+            elapsed = _timed(step)
+            if turn >= warmup:
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(step: Step, repeats: int = 10, warmup: int = 2) -> Cost:
+    """Seconds, peak bytes and FLOPs of one step of anything. The step is really run, `repeats + warmup + 3` times."""
+    return compare({"step": step}, repeats, warmup)["step"]
+
+
+def compare(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> dict[str, Cost]:
+    """The cost of several steps, side by side."""
+    exact = {name: (peak_bytes(step), flops(step)) for name, step in steps.items()}
+    fake = detect_fake_mode() is not None
+    times = dict.fromkeys(steps) if fake else seconds(steps, repeats, warmup)
+    return {name: Cost(times[name], *exact[name]) for name in steps}
+
+
+def _timed(step: Step) -> float:
+    if _on_cuda():
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _on_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.memory_allocated() > 0

@@ -1,0 +1,66 @@
+"""T1–T2 hypergradients without double backward: forward mode along the validation gradient, then one backward pass to λ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
+
+
+def mixed_mode(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    inner_lr: float,
+    parameters: Parameters = None,
+    lookahead: Parameters | str = None,
+) -> Hypergradient:
+    """The exact hypergradient through one SGD step of `inner_lr` (η), the limit of guided EvoGrad as its radius goes to 0:
+
+        dℓ_V/dλ = ∂ℓ_V/∂λ − η ∂/∂λ ⟨∇_θ ℓ_T(θ, λ), G⟩,   G = ∂ℓ_V/∂θ at the lookahead parameters
+
+    The directional derivative in the brackets is one pass of train_loss in forward mode along G; it is then differentiated
+    by λ in reverse mode. Where λ enters after the network (sample weights, say) the network itself needs no graph.
+    With lookahead="sgd", G is taken at θ − η ∇ℓ_T(θ, λ), and the result is the T1–T2 hypergradient of
+    `evograd.baselines.unrolled` to rounding. Relative: MixFlow-MG, Kemaev et al., ICML 2025, arXiv 2505.00793 (JAX).
+
+    Args:
+        train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
+        inner_lr: η > 0.
+        lookahead: where G is taken: named parameters (those after the training step, say), "sgd" for one SGD step of inner_lr
+            (one more pass of train_loss, with the same random draws), or None for θ itself.
+
+    Returns:
+        Hypergradient; its `candidate_losses` is ℓ_T(θ, λ), of shape (1,).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in `evograd.hypergradient`; NotImplementedError for an operation in
+            train_loss that PyTorch has no forward-mode formula for.
+    """
+    check_positive("inner_lr", inner_lr)
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    with problem.undisturbed():
+        draws = problem.random_state() if isinstance(lookahead, str) else None
+        val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
+        with forward_ad.dual_level(), problem.replay(draws):
+            dual = {name: forward_ad.make_dual(p, gradient[name]) for name, p in problem.theta.items()}
+            try:
+                loss, slope = forward_ad.unpack_dual(problem.loss(train_loss, dual))
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"mixed_mode takes train_loss in forward mode, and an operation in it has no formula for that: {error} "
+                    "Use its plain form (eager attention or SDPBackend.MATH instead of fused attention, broadcast differences "
+                    "instead of cdist), or noise='guided', which needs no formula."
+                ) from error
+        # Outside of the dual level, so that the backward pass carries no tangents.
+        mixed = [None] * len(problem.hyperparameters) if slope is None else partial(slope, problem.hyperparameters)
+        grads = problem.assemble([direct, [None if g is None else -inner_lr * g for g in mixed]])
+    losses = loss.detach().reshape(1)
+    check_finite(losses, val)
+    return Hypergradient(grads, val, losses, torch.ones_like(losses))

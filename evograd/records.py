@@ -1,0 +1,154 @@
+"""The record of a run: one JSON line, appended whole whoever else appends; seeds in one place; mean ± std over them."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FIELDS = ("experiment", "config", "metrics", "cost", "environment")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def environment(device: torch.device | str) -> dict:
+    """Where and with what a run happened: commit, versions, device, time of day (UTC)."""
+    device = torch.device(device)
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "higher", "numpy", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    on_cuda = device.type == "cuda"
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:
+    """Append the record of one run to the JSON-lines file at `path`, and return it. Numbers that are not finite become null."""
+    values = (experiment, config, metrics, cost, environment(device))
+    record = _plain(dict(zip(FIELDS, values)))
+    append_line(path, json.dumps(record, allow_nan=False))
+    return record
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append one line, whole or not at all, to a file that other processes may append to."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        if end:  # a line that an earlier process left broken keeps to itself
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        data = line.encode() + b"\n"
+        try:
+            if file.write(data) != len(data):
+                raise OSError(f"could not write the whole line to {path}: no space left?")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError now, not after hours, if records cannot be appended to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab"):
+        pass
+
+
+@dataclass(frozen=True)
+class BrokenLine:
+    """A line of a result file that is no record."""
+
+    file: str
+    number: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.number}: {self.why}"
+
+
+def read_runs(paths: Iterable[str | Path]) -> tuple[list[dict], list[BrokenLine]]:
+    """All records of the files, and the lines that are none. A run repeated with the same configuration counts once, the last."""
+    runs, broken = {}, []
+    for path in paths:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                missing = [field for field in FIELDS if field not in record]
+                if missing:
+                    raise ValueError(f"no {', '.join(map(repr, missing))}")
+                wrong = [field for field in FIELDS[1:] if not isinstance(record[field], dict)]
+                if wrong:
+                    raise ValueError(f"{', '.join(map(repr, wrong))} is not an object")
+            except ValueError as error:
+                broken.append(BrokenLine(str(path), number, f"not a result line: {error}"))
+                continue
+            runs[json.dumps([record["experiment"], record["config"]], sort_keys=True)] = record
+    return list(runs.values()), broken
+
+
+def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
+    """(mean, sample standard deviation, n) of the numbers that are there; std is None for fewer than two."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return None, None, 0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+
+
+def _plain(value):
+    """Tensors, arrays and paths -> what JSON has; NaN and infinity -> None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def _commit() -> str | None:
+    """The commit of the source that runs, marked if files differ from it; None outside of a checkout."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + (" (changed)" if changed.strip() else "")
