@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
@@ -48,18 +47,17 @@ def mixed_mode(
     with problem.undisturbed():
         draws = problem.random_state() if isinstance(lookahead, str) else None
         val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
-        with forward_ad.dual_level(), problem.replay(draws):
-            dual = {name: forward_ad.make_dual(p, gradient[name]) for name, p in problem.theta.items()}
+        # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
+        with problem.replay(draws):
             try:
-                loss, slope = forward_ad.unpack_dual(problem.loss(train_loss, dual))
+                loss, slope = torch.func.jvp(lambda theta: problem.loss(train_loss, theta), (problem.theta,), (gradient,))
             except NotImplementedError as error:
                 raise NotImplementedError(
                     f"mixed_mode takes train_loss in forward mode, and an operation in it has no formula for that: {error} "
                     "Use its plain form (eager attention or SDPBackend.MATH instead of fused attention, broadcast differences "
                     "instead of cdist), or noise='guided', which needs no formula."
                 ) from error
-        # Outside of the dual level, so that the backward pass carries no tangents.
-        mixed = [None] * len(problem.hyperparameters) if slope is None else partial(slope, problem.hyperparameters)
+        mixed = partial(slope, problem.hyperparameters)
         grads = problem.assemble([direct, [None if g is None else -inner_lr * g for g in mixed]])
     losses = loss.detach().reshape(1)
     check_finite(losses, val)

@@ -1,0 +1,93 @@
+"""What the command lines of the experiments share, so that the same flag means the same in all of them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from .records import check_writable
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and defaults beside the flags."""
+
+
+def experiment_parser(description: str, methods: Sequence[str], data: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser with the flags of every training script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser.add_argument("--method", choices=methods, default="evograd", help="how the hyperparameters are learned")
+    parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
+    parser.add_argument("--data", choices=data, default=data[0], help="data set; the first one is embedded and needs no files")
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the data sets that need files")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--out", type=writable, metavar="FILE", help="JSON-lines file that the run's record is appended to; default: <experiment>/results/<data>.jsonl")
+    return parser
+
+
+def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of the estimators."""
+    group = parser.add_argument_group("hypergradient")
+    group.add_argument("--n-candidates", type=at_least(2), default=2, metavar="K", help="EvoGrad's number of perturbed models")
+    group.add_argument("--sigma", type=positive, help="EvoGrad's standard deviation of the perturbation; default: by method")
+    group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
+    group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
+    group.add_argument("--inner-lr", type=positive, default=1e-3, help="of the SGD step that every method but evograd looks ahead by")
+
+
+def positive(text: str) -> float:
+    value = _number(text, float)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} given; a positive, finite number is accepted")
+    return value
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = _number(text, int)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text} given; an integer of at least {minimum} is accepted")
+        return value
+
+    return parse
+
+
+def device(text: str) -> torch.device:
+    try:
+        value = torch.device(text)
+    except RuntimeError:
+        value = None
+    if value is None or value.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} given; cpu, cuda and cuda:N are accepted")
+    if value.type == "cuda" and (value.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} given, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere")
+    return value
+
+
+def writable(text: str) -> str:
+    try:
+        check_writable(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"records cannot be appended to {text!r}: {error.strerror}") from error
+    return text
+
+
+@contextmanager
+def exit_on_bad_input():
+    """Bad input ends a script with its message and exit code 2, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _number(text: str, kind: type):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} given; a number ({kind.__name__}) is accepted") from None
