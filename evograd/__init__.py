@@ -1,4 +1,4 @@
-"""First-order hypergradients: EvoGrad (Bohdal, Yang, Hospedales, NeurIPS 2021), what goes beyond it, and what to compare it with."""
+"""First-order hypergradients: EvoGrad (Bohdal, Yang, Hospedales, NeurIPS 2021), what goes beyond it, and baselines."""
 
 from . import baselines
 from .hypergradient import hypergradient

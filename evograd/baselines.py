@@ -20,7 +20,9 @@ def unrolled(
     n_steps: int = 1,
     parameters: Parameters = None,
 ) -> Hypergradient:
-    """Differentiate ℓ_V(θ', λ) through `n_steps` SGD steps θ' = θ − η ∇_θ ℓ_T(θ, λ); one step is T1–T2 (Luketina et al., ICML 2016).
+    """Differentiate ℓ_V(θ', λ) through `n_steps` SGD steps θ' = θ − η ∇_θ ℓ_T(θ, λ).
+
+    One step is T1–T2 (Luketina et al., ICML 2016).
 
     The graph of the steps is made with `higher` (Grefenstette et al., arXiv 1910.01727) and differentiated twice: about three
     times the memory of a training step. The closures are called with a copy of the model made by `higher`.

@@ -24,8 +24,15 @@ def experiment_parser(description: str, methods: Sequence[str], data: Sequence[s
     parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
     parser.add_argument("--data", choices=data, default=data[0], help="data set; the first one is embedded and needs no files")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the data sets that need files")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--out", type=writable, metavar="FILE", help="JSON-lines file that the run's record is appended to; default: <experiment>/results/<data>.jsonl")
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N"
+    )
+    parser.add_argument(
+        "--out",
+        type=writable,
+        metavar="FILE",
+        help="JSON-lines file that the run's record is appended to; default: <experiment>/results/<data>.jsonl",
+    )
     return parser
 
 
@@ -36,7 +43,9 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sigma", type=positive, help="EvoGrad's standard deviation of the perturbation; default: by method")
     group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
-    group.add_argument("--inner-lr", type=positive, default=1e-3, help="of the SGD step that every method but evograd looks ahead by")
+    group.add_argument(
+        "--inner-lr", type=positive, default=1e-3, help="of the SGD step that every method but evograd looks ahead by"
+    )
 
 
 def positive(text: str) -> float:
@@ -64,7 +73,9 @@ def device(text: str) -> torch.device:
     if value is None or value.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r} given; cpu, cuda and cuda:N are accepted")
     if value.type == "cuda" and (value.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} given, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} given, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere"
+        )
     return value
 
 

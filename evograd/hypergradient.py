@@ -63,7 +63,7 @@ def hypergradient(
             for the same state of the generator. "guided" goes beyond the paper: ε_k = ±√P G/‖G‖, with G = ∂ℓ_V/∂θ over all P
             perturbed parameters, which makes the same four moves the central finite difference of the hypergradient through
             one SGD step (T1–T2). It holds one gradient of the model's size, and gives the two candidates of each ± pair the
-            same random draws.
+            same random draws. Its candidates are σ√P from θ: if `weights` come out near 0 and 1, raise τ or lower σ.
         strategy: "stream" keeps one candidate at a time: memory does not grow with K. "retain" keeps the K graphs and takes one
             backward pass of Σ_k c_k ℓ_k: faster where λ is large. Same result.
         common_random_numbers: let every candidate draw the same random numbers from torch's generators (dropout, say).
@@ -104,7 +104,9 @@ def hypergradient(
             if start is None:
                 starts[group] = problem.random_state()
             with problem.replay(start):
-                loss = problem.loss(train_loss, {name: torch.add(p, epsilon(k, name), alpha=sigma) for name, p in theta.items()})
+                loss = problem.loss(
+                    train_loss, {name: torch.add(p, epsilon(k, name), alpha=sigma) for name, p in theta.items()}
+                )
             if strategy == "stream":  # the graph of this candidate ends here
                 partials.append(partial(loss, problem.hyperparameters))
                 loss = loss.detach()
@@ -186,14 +188,18 @@ def _weighted_sum(coefficients: Tensor, grads: Sequence[Tensor | None]) -> Tenso
 
 def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator) -> None:
     if not isinstance(n_candidates, int) or n_candidates < 2:
-        raise ValueError(f"n_candidates={n_candidates!r} must be an integer of at least 2: with one candidate the softmax is constant")
+        raise ValueError(
+            f"n_candidates={n_candidates!r} must be an integer of at least 2: with one candidate the softmax is constant"
+        )
     check_positive("sigma", sigma)
     check_positive("temperature", temperature)
     if inner_lr is not None:
         check_positive("inner_lr", inner_lr)
     accepted = [*NOISES, "guided"]
     if not callable(noise) and noise not in accepted:
-        raise ValueError(f"noise={noise!r} is unknown; accepted are {', '.join(map(repr, accepted))} or a function of (tensor, generator)")
+        raise ValueError(
+            f"noise={noise!r} is unknown; accepted are {', '.join(map(repr, accepted))} or a function of (tensor, generator)"
+        )
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; accepted are {', '.join(map(repr, STRATEGIES))}")
     if lookahead is not None and noise != "guided":

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
+
+# torch.func.jvp scripts its own formulas at its first call, and warns of that.
+warnings.filterwarnings(
+    "ignore", message=".torch.jit.script. is deprecated", category=FutureWarning, module=r"torch\.jit\._script"
+)
 
 
 def mixed_mode(
@@ -53,7 +59,8 @@ def mixed_mode(
                 loss, slope = torch.func.jvp(lambda theta: problem.loss(train_loss, theta), (problem.theta,), (gradient,))
             except NotImplementedError as error:
                 raise NotImplementedError(
-                    f"mixed_mode takes train_loss in forward mode, and an operation in it has no formula for that: {error} "
+                    "mixed_mode takes train_loss in forward mode, and an operation in it has no formula for that: "
+                    f"{str(error).splitlines()[0]} "
                     "Use its plain form (eager attention or SDPBackend.MATH instead of fused attention, broadcast differences "
                     "instead of cdist), or noise='guided', which needs no formula."
                 ) from error

@@ -1,4 +1,4 @@
-"""The directions ε_k in which candidates are perturbed. Each is drawn again from its seed whenever it is needed, and never stored."""
+"""The directions ε_k in which candidates are perturbed. They are drawn again from their seeds when needed, never stored."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class SeededNoise:
     the noise of a tensor can be had in whatever order the backward pass asks for it.
     """
 
-    def __init__(self, function: NoiseFunction, theta: Mapping[str, Tensor], n_candidates: int, generator: torch.Generator | None):
+    def __init__(
+        self, function: NoiseFunction, theta: Mapping[str, Tensor], n_candidates: int, generator: torch.Generator | None
+    ):
         self.function, self.theta = function, theta
         with _disable_current_modes():  # real numbers under FakeTensorMode too
             seeds = torch.randint(2**62, (n_candidates, len(theta)), generator=generator).tolist()
@@ -58,7 +60,8 @@ class SeededNoise:
         epsilon = self.function(like, generator)
         if epsilon.shape != like.shape or epsilon.device != like.device:
             raise ValueError(
-                f"noise returned {tuple(epsilon.shape)} on {epsilon.device} for {name!r}; it must be {tuple(like.shape)} on {like.device}"
+                f"noise returned {tuple(epsilon.shape)} on {epsilon.device} for {name!r}; "
+                f"it must be {tuple(like.shape)} on {like.device}"
             )
         return epsilon
 

@@ -40,10 +40,19 @@ class Problem:
     model is held fixed, so that no graph is built for it, and the hyperparameters stay themselves.
     """
 
-    def __init__(self, train_loss: Closure, val_loss: Closure, model: nn.Module, hyperparameters: Sequence[Tensor], parameters: Parameters):
+    def __init__(
+        self,
+        train_loss: Closure,
+        val_loss: Closure,
+        model: nn.Module,
+        hyperparameters: Sequence[Tensor],
+        parameters: Parameters,
+    ):
         for name, closure in (("train_loss", train_loss), ("val_loss", val_loss)):
             if not callable(closure):
-                raise TypeError(f"{name} must be a function of the model that returns a scalar loss, not {type(closure).__name__}")
+                raise TypeError(
+                    f"{name} must be a function of the model that returns a scalar loss, not {type(closure).__name__}"
+                )
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
@@ -64,7 +73,9 @@ class Problem:
         else:
             chosen = self.named(parameters, "parameters")
             if not chosen:
-                raise ValueError("parameters is empty; give the names of the parameters to perturb, or None for all that require grad")
+                raise ValueError(
+                    "parameters is empty; give the names of the parameters to perturb, or None for all that require grad"
+                )
             for name in chosen:
                 if id(own[name]) in hyper:
                     raise ValueError(f"parameters: {name!r} is a hyperparameter, and those are never perturbed")
@@ -73,7 +84,7 @@ class Problem:
         return theta, fixed
 
     def named(self, parameters: Parameters, argument: str) -> dict[str, Tensor]:
-        """A mapping, (name, tensor) pairs or names -> {first name of the model's parameter: tensor}; ValueError if one does not fit."""
+        """A mapping, (name, tensor) pairs or names -> {first name of the parameter: tensor}; ValueError if one does not fit."""
         own = dict(self.model.named_parameters())
         first_name = {id(p): name for name, p in own.items()}
         every_name = dict(self.model.named_parameters(remove_duplicate=False))
@@ -86,13 +97,17 @@ class Problem:
             target = every_name[name]
             if tensor.shape != target.shape or not tensor.is_floating_point():
                 raise ValueError(
-                    f"{argument}: {name!r} is {tuple(tensor.shape)} of {tensor.dtype}, but the model's is {tuple(target.shape)} of {target.dtype}"
+                    f"{argument}: {name!r} is {tuple(tensor.shape)} of {tensor.dtype}, "
+                    f"but the model's is {tuple(target.shape)} of {target.dtype}"
                 )
             result[first_name[id(target)]] = tensor
         return result
 
     def loss(self, closure: Closure, parameters: Mapping[str, Tensor]) -> Tensor:
-        """closure(model) with `parameters` in the model's place. Buffers are copies: BatchNorm's statistics of a candidate are thrown away."""
+        """closure(model) with `parameters` in place of the model's own.
+
+        Buffers are copies: what BatchNorm gathers from a candidate is thrown away.
+        """
         tensors = {**self.fixed, **parameters, **{name: b.clone() for name, b in self.model.named_buffers()}}
         calls = _Calls(lambda model: self.scalar(closure, model), self.model)
         return functional_call(calls, {f"model.{name}": t for name, t in tensors.items()}, ())
@@ -102,7 +117,9 @@ class Problem:
         value = closure(model)
         which = "train_loss" if closure is self.train_loss else "val_loss"
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            what = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            what = (
+                f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            )
             raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
         return value.reshape(())
 
@@ -188,7 +205,7 @@ class Problem:
 
 
 class _Calls(nn.Module):
-    """closure(model) as a forward pass, so that functional_call swaps tensors under all that the closure does with the model."""
+    """closure(model) as a forward pass, so that functional_call swaps tensors under all that the closure does with it."""
 
     def __init__(self, closure: Closure, model: nn.Module):
         super().__init__()
@@ -218,7 +235,9 @@ def check_finite(train_losses: Tensor, val_loss: Tensor) -> None:
     for k, value in enumerate(losses):
         if not math.isfinite(value):
             which = "val_loss" if k == len(losses) - 1 else f"train_loss of candidate {k}"
-            raise RuntimeError(f"{which} is {value}; a finite loss is needed (candidates: {losses[:-1]}, validation: {losses[-1]})")
+            raise RuntimeError(
+                f"{which} is {value}; a finite loss is needed (candidates: {losses[:-1]}, validation: {losses[-1]})"
+            )
 
 
 def _checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:

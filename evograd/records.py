@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -34,15 +35,15 @@ def environment(device: torch.device | str) -> dict:
     device = torch.device(device)
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "higher", "numpy", "transformers"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     on_cuda = device.type == "cuda"
     return {
         "commit": _commit(),
         "versions": versions,
-        "device": torch.cuda.get_device_name(device) if on_cuda else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if on_cuda
+        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -96,7 +97,7 @@ class BrokenLine:
 
 
 def read_runs(paths: Iterable[str | Path]) -> tuple[list[dict], list[BrokenLine]]:
-    """All records of the files, and the lines that are none. A run repeated with the same configuration counts once, the last."""
+    """All records of the files, and the lines that are none. Of runs with the same configuration the last one counts."""
     runs, broken = {}, []
     for path in paths:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
@@ -148,7 +149,9 @@ def _commit() -> str | None:
     git = ["git", "-C", str(here)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + (" (changed)" if changed.strip() else "")

@@ -96,7 +96,9 @@ def check_mnist(root: Path) -> None:
         if plain.exists():
             found = plain.stat().st_size
             if found != size:
-                raise ValueError(f"{plain} has {found:,} bytes instead of {size:,}: cut short? Delete it and run again with --download")
+                raise ValueError(
+                    f"{plain} has {found:,} bytes instead of {size:,}: cut short? Delete it and run again with --download"
+                )
         elif packed.exists():
             try:
                 with gzip.open(packed) as file:
@@ -107,5 +109,6 @@ def check_mnist(root: Path) -> None:
                 raise ValueError(f"{packed} holds {found:,} bytes instead of {size:,}. Delete it and run again with --download")
         else:
             raise FileNotFoundError(
-                f"no MNIST under {root}: neither {plain} nor {packed.name} is there. Name the folder with --data-dir, or add --download to fetch it into it"
+                f"no MNIST under {root}: neither {plain} nor {packed.name} is there. "
+                "Name the folder with --data-dir, or add --download to fetch it into that folder"
             )

@@ -26,8 +26,8 @@ from .model import lenet
 
 METHODS = ("baseline", "evograd", "evograd_guided", "mixed_mode", "second_order")
 EPOCHS = {"digits": 40, "mnist": 5}  # of 7 and 312 steps
-# σ and τ. Guided perturbations are as long as σ√P = 0.025 in one chosen direction: with the paper's values the radius is so large
-# and the softmax so nearly one-hot that little is left of the difference (cosine to T1-T2 0.3 to 0.7 instead of 0.98).
+# σ and τ. A guided perturbation is σ√P long, in one chosen direction: with the paper's values that is 0.25, the softmax is
+# nearly one-hot, and little is left of the difference of the candidates.
 SIGMA = {"evograd": 1e-3, "evograd_guided": 1e-4}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 
@@ -50,7 +50,12 @@ def parse_args(argv=None):
 
 def estimators(args):
     """Every method is a function of (train_loss, val_loss, model, hyperparameters)."""
-    candidates = dict(n_candidates=args.n_candidates, sigma=args.sigma, temperature=args.temperature, common_random_numbers=args.common_random_numbers)
+    candidates = dict(
+        n_candidates=args.n_candidates,
+        sigma=args.sigma,
+        temperature=args.temperature,
+        common_random_numbers=args.common_random_numbers,
+    )
     return {
         "baseline": None,
         "evograd": partial(evograd.hypergradient, **candidates),
@@ -153,8 +158,20 @@ def main(argv=None):
         metrics["angle_steps"] = list(range(0, n_steps, every))
         metrics["angles"] = [round(angle, 3) for angle in angles[::every]]
     step_cost = measure(trainer.step)  # after the training, whose result is taken
-    cost = {"seconds": seconds, "seconds_per_step": step_cost.seconds, "peak_bytes": step_cost.peak_bytes, "flops": step_cost.flops}
-    record = append_run(args.out, "rotation", {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download")}, metrics, cost, args.device)
+    cost = {
+        "seconds": seconds,
+        "seconds_per_step": step_cost.seconds,
+        "peak_bytes": step_cost.peak_bytes,
+        "flops": step_cost.flops,
+    }
+    record = append_run(
+        args.out,
+        "rotation",
+        {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download")},
+        metrics,
+        cost,
+        args.device,
+    )
     print({k: v for k, v in record["metrics"].items() if not isinstance(v, list)})
 
 

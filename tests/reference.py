@@ -1,0 +1,49 @@
+"""EvoGrad written the obvious way: all candidates at once, plain differentiation through softmax and combination."""
+
+import torch
+from torch.func import functional_call
+
+from evograd.noise import NOISES, SeededNoise
+
+
+def evograd_reference(
+    problem, n_candidates=2, sigma=1e-3, temperature=0.05, noise="sign", common_random_numbers=False, generator=None
+):
+    """Gradients for each hyperparameter, with the random numbers that the library draws from the same seed."""
+    train_loss, val_loss, model, hyperparameters = problem.args()
+    own = dict(model.named_parameters())
+    hyper = {id(h) for h in hyperparameters}
+    names = problem.parameters or [n for n, p in own.items() if p.requires_grad and id(p) not in hyper]
+    theta = {n: own[n].detach() for n in names}
+
+    def loss(closure, parameters):
+        buffers = {n: b.clone() for n, b in model.named_buffers()}
+        return closure(lambda *args: functional_call(model, {**parameters, **buffers}, args))
+
+    if noise == "guided":
+        at = {n: p.clone().requires_grad_() for n, p in theta.items()}
+        value = loss(val_loss, at)
+        gradient = dict(zip(at, torch.autograd.grad(value, list(at.values()), retain_graph=True)))
+        flat = torch.cat([g.flatten() for g in gradient.values()])
+        signs = [1.0 if k % 2 == 0 else -1.0 for k in range(n_candidates)]
+        if n_candidates % 2 == 1:
+            signs[-1] = 0.0
+        epsilon = [{n: s * len(flat) ** 0.5 * g / flat.norm() for n, g in gradient.items()} for s in signs]
+    else:
+        draw = SeededNoise(NOISES.get(noise, noise), theta, n_candidates, generator)
+        epsilon = [{n: draw(k, n) for n in theta} for k in range(n_candidates)]
+
+    losses, states = [], {}
+    for k in range(n_candidates):
+        group = 0 if common_random_numbers else min(k // 2, n_candidates // 2 - 1) if noise == "guided" else k
+        if group in states:
+            torch.set_rng_state(states[group])
+        states[group] = torch.get_rng_state()
+        losses.append(loss(train_loss, {n: theta[n] + sigma * epsilon[k][n] for n in theta}))
+    weights = torch.softmax(-torch.stack(losses) / temperature, dim=0)
+    merged = {n: sum(w * (theta[n] + sigma * e[n]) for w, e in zip(weights, epsilon)) for n in theta}
+    if noise == "guided":  # the validation loss to first order around the point where its gradient was taken
+        value = value + sum((gradient[n] * (merged[n] - theta[n])).sum() for n in theta)
+    else:
+        value = loss(val_loss, merged)
+    return torch.autograd.grad(value, hyperparameters)

@@ -1,0 +1,95 @@
+"""Bad input: at once, with a message that names what was given and what is accepted."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import evograd
+
+from .problems import bilevel
+
+PROBLEM = bilevel("mlp")
+TRAIN, VAL, MODEL, HYPER = PROBLEM.args()
+
+
+def call(method=evograd.hypergradient, train_loss=TRAIN, val_loss=VAL, model=MODEL, hyperparameters=HYPER, **settings):
+    return method(train_loss, val_loss, model, hyperparameters, **settings)
+
+
+def mixed_mode(*args, **settings):
+    return evograd.mixed_mode(*args, **{"inner_lr": 0.1, **settings})
+
+
+def unrolled(*args, **settings):
+    return evograd.baselines.unrolled(*args, **{"inner_lr": 0.1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"n_candidates": 1}, ValueError, ["n_candidates=1", "at least 2"]),
+        ({"n_candidates": 2.5}, ValueError, ["n_candidates=2.5", "integer"]),
+        ({"sigma": 0}, ValueError, ["sigma=0", "positive"]),
+        ({"sigma": math.nan}, ValueError, ["sigma=nan", "positive"]),
+        ({"temperature": -1.0}, ValueError, ["temperature=-1.0", "positive"]),
+        ({"inner_lr": 0.0}, ValueError, ["inner_lr=0.0", "positive"]),
+        ({"noise": "pink"}, ValueError, ["noise='pink'", "'sign'", "'normal'", "'guided'", "function"]),
+        ({"noise": lambda like, generator: torch.ones(3)}, ValueError, ["noise returned (3,)", "must be"]),
+        ({"strategy": "store"}, ValueError, ["strategy='store'", "'stream'", "'retain'"]),
+        ({"lookahead": "sgd"}, ValueError, ["lookahead", "'sign'"]),
+        ({"lookahead": "sgd", "noise": "guided"}, ValueError, ["lookahead='sgd' needs inner_lr"]),
+        ({"lookahead": "adam", "noise": "guided"}, ValueError, ["lookahead='adam'", "'sgd'"]),
+        ({"lookahead": {"0.bias": torch.ones(9)}, "noise": "guided"}, ValueError, ["lookahead", "0.bias", "(9,)", "(6,)"]),
+        ({"parameters": ["0.wait"]}, ValueError, ["no parameter '0.wait'", "'0.weight'"]),
+        ({"parameters": []}, ValueError, ["parameters is empty"]),
+        ({"hyperparameters": []}, ValueError, ["hyperparameters is empty"]),
+        ({"hyperparameters": HYPER[0]}, TypeError, ["sequence of tensors"]),
+        ({"hyperparameters": [torch.ones(2)]}, ValueError, ["hyperparameters[0]", "requires_grad=True"]),
+        (
+            {"hyperparameters": [*HYPER, torch.ones(2, requires_grad=True)]},
+            RuntimeError,
+            ["hyperparameters[1]", "(2,)", "depends"],
+        ),
+        ({"train_loss": 3}, TypeError, ["train_loss", "int"]),
+        ({"model": lambda x: x}, TypeError, ["model", "Module"]),
+        ({"train_loss": lambda m: TRAIN(m) * math.nan}, RuntimeError, ["train_loss", "nan", "finite"]),
+        ({"val_loss": lambda m: VAL(m) / 0}, RuntimeError, ["val_loss", "inf", "finite"]),
+        ({"train_loss": lambda m: TRAIN(m) * torch.ones(3)}, ValueError, ["train_loss", "scalar", "(3,)"]),
+        ({"val_loss": lambda m: 0.5}, ValueError, ["val_loss", "scalar", "float"]),
+        ({"train_loss": lambda m: TRAIN(m).long()}, ValueError, ["train_loss", "int64"]),
+        ({"model": nn.Linear(5, 3).requires_grad_(False)}, ValueError, ["parameters", "no parameter that requires grad"]),
+        ({"method": mixed_mode, "inner_lr": -1}, ValueError, ["inner_lr=-1", "positive"]),
+        ({"method": mixed_mode, "lookahead": "adam"}, ValueError, ["lookahead='adam'"]),
+        ({"method": unrolled, "inner_lr": math.inf}, ValueError, ["inner_lr=inf"]),
+        ({"method": unrolled, "n_steps": 0}, ValueError, ["n_steps=0", "at least 1"]),
+    ],
+)
+def test_message(settings, error, words):
+    with pytest.raises(error) as raised:
+        call(**settings)
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("method", [mixed_mode, unrolled])
+@pytest.mark.parametrize("loss", ["train_loss", "val_loss"])
+def test_losses_are_checked_in_every_estimator(method, loss):
+    good = {"train_loss": TRAIN, "val_loss": VAL}[loss]
+    with pytest.raises(RuntimeError, match=f"{loss}.*nan"):
+        call(method, **{loss: lambda m: good(m) * math.nan})
+    with pytest.raises(ValueError, match=f"{loss}.*scalar"):
+        call(method, **{loss: lambda m: good(m) * torch.ones(2)})
+    with pytest.raises(RuntimeError, match=r"hyperparameters\[0\].*depends"):
+        call(method, hyperparameters=[torch.ones(1, requires_grad=True)])
+
+
+def test_a_hyperparameter_of_the_model_is_never_perturbed():
+    problem = bilevel("hyperparameters_inside")
+    with pytest.raises(ValueError, match="'gate' is a hyperparameter"):
+        evograd.hypergradient(*problem.args(), parameters=["gate", "head.weight"])
+    unused = nn.Parameter(torch.ones(2))
+    problem.model.register_parameter("unused", unused)
+    with pytest.raises(RuntimeError, match=r"hyperparameters\[0\] \('unused'\)"):
+        evograd.hypergradient(problem.train_loss, problem.val_loss, problem.model, [unused])

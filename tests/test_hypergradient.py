@@ -1,0 +1,300 @@
+"""The EvoGrad step against differentiation through the softmax, against theory, and as a guest in somebody's model."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import evograd
+from evograd.noise import sign
+
+from .problems import KINDS, bilevel
+from .reference import evograd_reference
+
+
+def uniform(like, generator):
+    return math.sqrt(12) * (torch.rand(like.shape, dtype=like.dtype, generator=generator) - 0.5)
+
+
+def relative_difference(a, b):
+    a, b = (torch.cat([t.flatten() for t in tensors]) for tensors in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+# A large sigma and a small temperature, so that weights are far from uniform and every term of c_k counts.
+
+
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("noise", ["sign", "normal", "guided", uniform])
+@pytest.mark.parametrize("n_candidates", [2, 3, 10])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_differentiation_through_the_softmax(kind, n_candidates, noise, common):
+    problem = bilevel(kind)
+    settings = dict(n_candidates=n_candidates, sigma=0.1, temperature=0.2, noise=noise, common_random_numbers=common)
+    torch.manual_seed(3)
+    expected = evograd_reference(problem, **settings)
+    for strategy in ("stream", "retain"):
+        torch.manual_seed(3)
+        result = evograd.hypergradient(*problem.args(), parameters=problem.parameters, strategy=strategy, **settings)
+        assert relative_difference(result.grads, expected) < 1e-10
+        assert [g.shape for g in result.grads] == [h.shape for h in problem.hyperparameters]
+
+
+def test_every_dtype_of_result():
+    problem = bilevel("mixed_shapes")
+    result = evograd.hypergradient(*problem.args(), n_candidates=3)
+    assert result.val_loss.shape == () and result.candidate_losses.shape == (3,) and result.weights.shape == (3,)
+    torch.testing.assert_close(result.weights, torch.softmax(-result.candidate_losses / 0.05, 0))
+    assert not any(t.requires_grad for t in [*result.grads, result.val_loss, result.candidate_losses, result.weights])
+
+
+def test_reproducible_bit_for_bit():
+    problem = bilevel("dropout")
+
+    def grads(seed, **settings):
+        torch.manual_seed(seed)
+        return evograd.hypergradient(*problem.args(), **settings).grads[0]
+
+    assert torch.equal(grads(1), grads(1))
+    assert not torch.equal(grads(1), grads(2))
+    own = [grads(1, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*own) and not torch.equal(own[0], grads(1))
+
+
+def test_common_random_numbers_draw_once_and_move_on():
+    problem = bilevel("dropout")
+    draws = []
+
+    def train_loss(model):
+        draws.append(torch.rand(()).item())
+        return problem.train_loss(model)
+
+    def drawn(**settings):
+        draws.clear()
+        evograd.hypergradient(train_loss, *problem.args()[1:], n_candidates=4, **settings)
+        return list(draws)
+
+    assert len(set(drawn())) == 4
+    first, second = drawn(common_random_numbers=True), drawn(common_random_numbers=True)
+    assert len(set(first)) == 1 and len(set(second)) == 1 and first != second
+    pairs = drawn(noise="guided")
+    assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
+
+
+def test_parameters_as_tensors_are_taken_for_theta():
+    problem = bilevel("mlp")
+    elsewhere = {n: p.detach() + 0.1 for n, p in problem.model.named_parameters()}
+    moved = copy.deepcopy(problem.model)
+    with torch.no_grad():
+        for n, p in moved.named_parameters():
+            p.copy_(elsewhere[n])
+    results = []
+    for model, parameters in ((problem.model, elsewhere), (moved, None)):
+        torch.manual_seed(0)
+        results.append(
+            evograd.hypergradient(
+                problem.train_loss, problem.val_loss, model, problem.hyperparameters, parameters=parameters
+            ).grads
+        )
+    assert relative_difference(*results) < 1e-12
+    guided = [
+        evograd.hypergradient(
+            problem.train_loss,
+            problem.val_loss,
+            m,
+            problem.hyperparameters,
+            noise="guided",
+            parameters=p,
+            lookahead=look,
+        ).grads
+        for m, p, look in (
+            (problem.model, None, elsewhere),
+            (moved, dict(problem.model.named_parameters()), dict(moved.named_parameters())),
+        )
+    ]
+    assert relative_difference(*guided) < 1e-12
+
+
+def test_sign_noise_is_fair_and_independent():
+    draws = torch.stack([sign(torch.empty(1001), torch.Generator().manual_seed(s)) for s in range(400)])
+    assert set(draws.unique().tolist()) == {-1.0, 1.0}
+    assert abs(draws.mean()) < 4 / math.sqrt(draws.numel())
+    correlations = (draws.T @ draws / len(draws)).fill_diagonal_(0)
+    assert correlations.abs().max() < 6 / math.sqrt(len(draws))
+
+
+# --- theory ------------------------------------------------------------------------------------------------------------
+
+
+class Vector(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.x = nn.Parameter(torch.randn(n, dtype=torch.float64))
+
+
+def quadratic(n=6):
+    """ℓ_T = ½ (x − λ)ᵀ A (x − λ), ℓ_V = ½ |x − b|²: one SGD step is x' = x − η A (x − λ), so dℓ_V/dλ = η A (x' − b)."""
+    model, lam = Vector(n), torch.randn(n, dtype=torch.float64, requires_grad=True)
+    root, b = torch.randn(n, n, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+    a = root @ root.T / n
+    train_loss = lambda m: 0.5 * (m.x - lam) @ a @ (m.x - lam)
+    val_loss = lambda m: 0.5 * (m.x - b).square().sum()
+    x = model.x.detach()
+
+    def exact(eta):
+        return eta * a @ (x - eta * a @ (x - lam.detach()) - b)
+
+    return (train_loss, val_loss, model, [lam]), exact
+
+
+@pytest.mark.parametrize("inner_lr", [None, 0.01])
+@pytest.mark.parametrize("noise", ["sign", "normal"])
+@pytest.mark.parametrize(("n_candidates", "n_draws", "precision"), [(2, 1000, 0.1), (3, 1000, 0.1), (10, 1000, 0.03)])
+def test_scale_law(n_candidates, n_draws, precision, noise, inner_lr):
+    """The mean over draws is the T1–T2 hypergradient at η = σ² (K − 1) / (K τ), or at inner_lr."""
+    args, exact = quadratic()
+    sigma, temperature = 1e-3, 0.05
+    eta = sigma**2 * (n_candidates - 1) / (n_candidates * temperature)
+    direction = exact(eta) / exact(eta).norm()
+    settings = dict(n_candidates=n_candidates, sigma=sigma, temperature=temperature, noise=noise, inner_lr=inner_lr)
+    seen = torch.stack([evograd.hypergradient(*args, **settings).grads[0] @ direction for _ in range(n_draws)])
+    ratios = seen / exact(eta if inner_lr is None else inner_lr).dot(direction)
+    error = ratios.std().item() / math.sqrt(n_draws)
+    assert error < precision
+    assert abs(ratios.mean().item() - 1) < 4 * error
+
+
+def smooth_network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    x, y, x_val, y_val = (
+        torch.randn(32, 10).double(),
+        torch.randint(0, 4, (32,)),
+        torch.randn(32, 10).double(),
+        torch.randint(0, 4, (32,)),
+    )
+    weights = torch.zeros(32, dtype=torch.float64, requires_grad=True)
+    return (
+        lambda m: (weights.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean(),
+        lambda m: F.cross_entropy(m(x_val), y_val),
+        model,
+        [weights],
+    )
+
+
+@pytest.mark.parametrize("n_candidates", [2, 3, 6])
+@pytest.mark.parametrize("lookahead", ["sgd", None])
+def test_guided_is_close_to_second_order(lookahead, n_candidates):
+    args = smooth_network()
+    exact = evograd.baselines.unrolled(*args, inner_lr=0.05).grads[0]
+    guided = evograd.hypergradient(*args, noise="guided", inner_lr=0.05, lookahead=lookahead, n_candidates=n_candidates).grads[
+        0
+    ]
+    assert torch.cosine_similarity(guided, exact, dim=0) > 0.99
+    assert guided.norm() / exact.norm() == pytest.approx(1, abs=0.05)
+
+
+def test_guided_scale_is_sigma_squared_p_over_temperature():
+    args = smooth_network()
+    n_parameters = sum(p.numel() for p in args[2].parameters())
+    eta = 1e-3**2 * n_parameters / 0.05
+    natural, scaled = (evograd.hypergradient(*args, noise="guided", inner_lr=lr).grads[0] for lr in (None, eta))
+    torch.testing.assert_close(natural, scaled)
+
+
+# --- a guest in somebody's model ---------------------------------------------------------------------------------------
+
+
+def state_of(problem):
+    model = problem.model
+    tensors = [*model.parameters(), *model.buffers(), *problem.hyperparameters]
+    return (
+        [t.clone() for t in tensors],
+        [t.requires_grad for t in tensors],
+        [None if t.grad is None else (id(t.grad), t.grad.clone()) for t in model.parameters()],
+        [m.training for m in model.modules()],
+    )
+
+
+def assert_same(before, after):
+    assert all(map(torch.equal, before[0], after[0]))
+    assert before[1] == after[1] and before[3] == after[3]
+    for a, b in zip(before[2], after[2]):
+        assert (a is None) == (b is None) and (a is None or (a[0] == b[0] and torch.equal(a[1], b[1])))
+
+
+METHODS = {
+    "stream": lambda *a, **k: evograd.hypergradient(*a, **k),
+    "retain": lambda *a, **k: evograd.hypergradient(*a, strategy="retain", **k),
+    "guided": lambda *a, **k: evograd.hypergradient(*a, noise="guided", **k),
+    "mixed_mode": lambda *a, **k: evograd.mixed_mode(*a, inner_lr=0.1, lookahead="sgd", **k),
+    "unrolled": lambda *a, **k: evograd.baselines.unrolled(*a, inner_lr=0.1, **k),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["batchnorm", "frozen", "hyperparameters_inside"])
+def test_the_model_is_as_before(kind, method, fails):
+    problem = bilevel(kind)
+    problem.train_loss(problem.model).backward()
+    problem.model[-1].eval() if kind == "batchnorm" else problem.model.train()
+    before = state_of(problem)
+
+    def val_loss(model):
+        model.eval()
+        value = problem.val_loss(model)
+        for p in problem.model.parameters():
+            p.requires_grad_(False) if p.is_leaf and p.grad_fn is None and fails else None
+        if fails:
+            raise KeyError("a mistake in the closure")
+        return value
+
+    with pytest.raises(KeyError) if fails else torch.no_grad():
+        METHODS[method](problem.train_loss, val_loss, problem.model, problem.hyperparameters)
+    assert_same(before, state_of(problem))
+
+
+def test_closures_may_use_the_model_in_any_way():
+    """Submodules, attributes and parameters reached through the model are the candidate's, not the original ones."""
+    problem = bilevel("hyperparameters_inside")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    seen = []
+
+    def train_loss(model):
+        seen.append(model.features.weight.detach().clone())
+        return model.head(model.gate * model.features(x)).square().mean() + 0.1 * sum(
+            p.square().sum() for p in model.parameters()
+        )
+
+    evograd.hypergradient(train_loss, *problem.args()[1:], sigma=0.1)
+    assert all((w - problem.model.features.weight).abs().allclose(torch.tensor(0.1, dtype=torch.float64)) for w in seen)
+
+
+@pytest.mark.parametrize("noise", ["sign", "guided"])
+def test_six_lines_in_a_loop(noise):
+    """The learned rotation of the training inputs comes close to that of the validation inputs."""
+    x = torch.randn(256, 2)
+    y = (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+    turn = torch.tensor([[math.cos(0.6), -math.sin(0.6)], [math.sin(0.6), math.cos(0.6)]])
+    angle = torch.zeros((), requires_grad=True)
+    model = nn.Linear(2, 4)
+    optimizer, meta_optimizer = torch.optim.Adam(model.parameters(), 0.05), torch.optim.Adam([angle], 0.02)
+
+    def train_loss(m):
+        rotation = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+        return F.cross_entropy(m(x @ rotation.T), y)
+
+    angles = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        train_loss(model).backward(inputs=list(model.parameters()))
+        optimizer.step()
+        result = evograd.hypergradient(train_loss, lambda m: F.cross_entropy(m(x @ turn.T), y), model, [angle], noise=noise)
+        angle.grad = result.grads[0]
+        meta_optimizer.step()
+        angles.append(angle.item())
+    assert sum(angles[-100:]) / 100 == pytest.approx(0.6, abs=0.2)

@@ -1,0 +1,111 @@
+"""The measuring, and what it must show: the peak memory and the FLOPs of every estimator."""
+
+import time
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from evograd.measuring import Cost, compare, flops, measure, peak_bytes, seconds
+
+from .networks import parameter_bytes, resnet, steps
+
+MB = 2**20
+
+
+def test_peak_bytes_counts_what_is_alive():
+    kept = torch.zeros(MB // 4)  # 1 MB that the step uses
+
+    def step():
+        a = kept + 1  # 2 MB alive
+        b = a[: MB // 8] + 1  # 2.5 MB
+        del a
+        return (b * 2).sum()  # 2 MB: kept, b, b * 2
+
+    assert peak_bytes(step) == int(2.5 * MB)
+    assert peak_bytes(step) == peak_bytes(step)
+
+
+def test_peak_bytes_sees_graphs_and_views():
+    x, w = torch.zeros(MB // 4), torch.ones(1, requires_grad=True)
+
+    def step():
+        y = (x * w).exp()  # x * w is not kept, its exponential is
+        return y.view(2, -1)[0]  # no storage of its own
+
+    assert peak_bytes(step) == 3 * MB + 4
+    assert peak_bytes(lambda: step().sum().backward()) == 4 * MB + 4 + 4 * 3
+
+
+def test_peak_bytes_of_a_step_includes_the_state_that_stays():
+    model = nn.Linear(512, 512, bias=False)  # 1 MB
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.zeros(1, 512)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+    assert 3 * MB <= peak_bytes(step) < 3.1 * MB  # weight, momentum, gradient
+
+
+def test_flops_and_seconds():
+    a, b = torch.zeros(10, 20), torch.zeros(20, 30)
+    assert flops(lambda: a @ b) == 2 * 10 * 20 * 30
+    times = seconds({"fast": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.01)}, repeats=3, warmup=1)
+    assert 0.001 <= times["fast"] < times["slow"]
+    assert times["slow"] >= 0.01
+    cost = measure(lambda: a @ b, repeats=2, warmup=0)
+    assert cost == Cost(cost.seconds, (200 + 600 + 300) * 4, 12_000)
+
+
+def test_seconds_take_turns():
+    order = []
+    seconds({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, warmup=1)
+    assert order == ["a", "b"] * 3
+
+
+def test_fake_tensors_give_the_same_bytes():
+    def measured(fake):
+        torch.manual_seed(0)
+        with FakeTensorMode() if fake else torch.enable_grad():
+            named = steps(resnet(8), size=8, batch=4)
+            chosen = {name: named[name] for name in ("plain", "evograd", "guided", "mixed_mode", "unrolled")}
+            return compare(chosen, repeats=1, warmup=0)
+
+    real, fake = measured(False), measured(True)
+    for name in real:
+        assert fake[name].seconds is None
+        assert fake[name].flops == real[name].flops
+        assert fake[name].peak_bytes == pytest.approx(real[name].peak_bytes, rel=0.001)
+
+
+def test_resnet18_stream_needs_one_copy_of_the_parameters():
+    """ResNet-18 at 128 px, batch 64: the limits that the method promises, without computing anything."""
+    with FakeTensorMode():
+        model = torchvision.models.resnet18(num_classes=10)
+        named = steps(model, size=128, batch=64)
+        plain, plain_flops = peak_bytes(named["plain"]), flops(named["plain"])
+        for name, copies in (("evograd", 1.1), ("guided", 1.1)):
+            assert peak_bytes(named[name]) <= plain + copies * parameter_bytes(model)
+            assert (flops(named[name]) + plain_flops) / plain_flops <= 2.70
+        assert peak_bytes(named["unrolled"]) > 2.5 * plain
+
+
+def test_mixed_mode_needs_two_copies_of_the_parameters():
+    """ResNet-32, batch 100, a weight net behind the loss."""
+    with FakeTensorMode():
+        model = resnet(32)
+        named = steps(model, size=32, batch=100)
+        plain = peak_bytes(named["plain"])
+        assert peak_bytes(named["mixed_mode"]) <= plain + 2.2 * parameter_bytes(model)
+        assert peak_bytes(named["evograd"]) <= plain + 1.1 * parameter_bytes(model)
+        assert peak_bytes(named["unrolled"]) > 2.5 * plain
+
+
+def test_memory_does_not_grow_with_the_number_of_candidates():
+    named = steps(resnet(14), size=16, batch=16)
+    assert peak_bytes(named["many"]) <= 1.02 * peak_bytes(named["evograd"])
