@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -10,16 +11,17 @@ from contextlib import contextmanager
 
 import torch
 
-from .records import check_writable
+from .measuring import Cost
+from .records import append_run, check_writable, environment, write_text
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and defaults beside the flags."""
 
 
 def experiment_parser(description: str, methods: Sequence[str], data: Sequence[str]) -> argparse.ArgumentParser:
     """A parser with the flags of every training script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     parser.add_argument("--method", choices=methods, default="evograd", help="how the hyperparameters are learned")
     parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
     parser.add_argument("--data", choices=data, default=data[0], help="data set; the first one is embedded and needs no files")
@@ -46,6 +48,37 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--inner-lr", type=positive, default=1e-3, help="of the SGD step that every method but evograd looks ahead by"
     )
+
+
+def comparison_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every script that measures one step of each method."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns of each method; the median counts")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--out", type=writable, metavar="FILE", help="JSON-lines file that the record is appended to")
+    return parser
+
+
+def finish_comparison(args: argparse.Namespace, experiment: str, config: dict, costs: dict[str, Cost]) -> None:
+    """Print the costs as a table, over those of the plain step, and write them where the flags say."""
+    plain = costs["plain"]
+    print(f"{'':16}{'seconds':>10}{'time/plain':>12}{'GFLOP':>9}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
+    for name, cost in costs.items():
+        ratios = (cost.seconds / plain.seconds, cost.flops / plain.flops, cost.peak_bytes / plain.peak_bytes)
+        print(
+            f"{name:16}{cost.seconds:10.4f}{ratios[0]:12.2f}{cost.flops / 1e9:9.2f}{ratios[1]:13.2f}"
+            f"{cost.peak_bytes / 1e6:10.1f}{ratios[2]:12.2f}"
+        )
+    methods = {name: cost.as_dict() for name, cost in costs.items()}
+    if args.json:
+        write_text(
+            args.json, json.dumps({"methods": methods, "config": config, "environment": environment(args.device)}, indent=1)
+        )
+    if args.out:
+        append_run(args.out, f"{experiment}_cost", config, methods, {}, args.device)
 
 
 def positive(text: str) -> float:

@@ -76,6 +76,15 @@ def append_line(path: str | Path, line: str) -> None:
             raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write to a temporary file and rename, so that nobody ever sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def check_writable(path: str | Path) -> None:
     """Raise OSError now, not after hours, if records cannot be appended to `path`."""
     path = Path(path)

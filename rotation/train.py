@@ -30,6 +30,9 @@ EPOCHS = {"digits": 40, "mnist": 5}  # of 7 and 312 steps
 # nearly one-hot, and little is left of the difference of the candidates.
 SIGMA = {"evograd": 1e-3, "evograd_guided": 1e-4}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
+# These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
+# really made, which costs one copy of the parameters and no computation.
+LOOKAHEAD = ("evograd_guided", "mixed_mode")
 
 
 def parse_args(argv=None):
@@ -60,7 +63,7 @@ def estimators(args):
         "baseline": None,
         "evograd": partial(evograd.hypergradient, **candidates),
         "evograd_guided": partial(evograd.hypergradient, noise="guided", inner_lr=args.inner_lr, **candidates),
-        "mixed_mode": partial(evograd.mixed_mode, inner_lr=args.inner_lr, lookahead="sgd"),
+        "mixed_mode": partial(evograd.mixed_mode, inner_lr=args.inner_lr),
         "second_order": partial(evograd.baselines.unrolled, inner_lr=args.inner_lr),
     }
 
@@ -75,7 +78,7 @@ class Trainer:
     """Model, angle, their optimizers and one step of each: what train and compare both need."""
 
     def __init__(self, args, train, val):
-        self.train = train
+        self.args, self.train = args, train
         self.x_val, self.y_val = rotated(val, TRUE_ANGLE)
         self.estimator = estimators(args)[args.method]
         self.model = lenet().to(args.device)
@@ -97,6 +100,11 @@ class Trainer:
         def val_loss(model):
             return F.cross_entropy(model(self.x_val[val_index]), self.y_val[val_index])
 
+        around = {}
+        if self.args.method in LOOKAHEAD:
+            before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            around = {"parameters": before, "lookahead": dict(self.model.named_parameters())}
+
         self.optimizer.zero_grad()
         loss = train_loss(self.model)
         loss.backward(inputs=list(self.model.parameters()))
@@ -104,7 +112,7 @@ class Trainer:
         if self.estimator is None:
             return loss.detach(), None
 
-        result = self.estimator(train_loss, val_loss, self.model, [self.angle])
+        result = self.estimator(train_loss, val_loss, self.model, [self.angle], **around)
         self.angle.grad = result.grads[0]
         self.angle_optimizer.step()
         return loss.detach(), result.val_loss

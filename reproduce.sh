@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Set up .venv, run every experiment on embedded data, and write the report page.
+set -euo pipefail
+cd "$(dirname "$0")"
+source resources/setup_venv.sh
+
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+  cat <<'HELP'
+./reproduce.sh          set up .venv, run the experiments on data that needs no download, write report/index.html.
+                        A few minutes on two CPU cores; on a machine with CUDA the device is used.
+./reproduce.sh --help   this text
+
+The paper's experiments, on their own data (a GPU is worth having; --device cpu runs anywhere):
+
+  bash rotation/run.sh --data mnist --data-dir DIR [--download]     five methods, five seeds
+
+Each of these scripts prints the commands that it runs; with --print as the first argument it only prints them, one a line,
+for a job scheduler. Results are appended to <experiment>/results/; afterwards
+
+  .venv/bin/python -m rotation.plot                                 draws the figures again
+  .venv/bin/python -m evograd.report                                writes report/index.html from all result lines
+HELP
+  exit 0
+fi
+if [ $# -gt 0 ]; then
+  echo "error: $1 given; only --help is accepted. The experiments have their own scripts, see --help" >&2
+  exit 2
+fi
+
+setup_venv
+OUT=report/results
+echo "== 1 of 4: one-dimensional illustration"
+"$PYTHON" -m illustration_1d.train --out $OUT/illustration_1d.jsonl --figures $OUT
+echo "== 2 of 4: rotation on embedded digits, five methods, three seeds"
+SEEDS="1 23 345" bash rotation/run.sh --data digits --out $OUT/rotation.jsonl
+"$PYTHON" -m rotation.plot $OUT/rotation.jsonl --out-dir $OUT
+echo "== 3 of 4: cost of one step of each method, side by side"
+"$PYTHON" -m rotation.compare --out $OUT/rotation.jsonl
+echo "== 4 of 4: report"
+"$PYTHON" -m evograd.report */results/*.jsonl --out report/index.html
+echo "Open report/index.html in a browser."
