@@ -45,9 +45,7 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sigma", type=positive, help="EvoGrad's standard deviation of the perturbation; default: by method")
     group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
-    group.add_argument(
-        "--inner-lr", type=positive, default=1e-3, help="of the SGD step that every method but evograd looks ahead by"
-    )
+    group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")
 
 
 def comparison_parser(description: str) -> argparse.ArgumentParser:

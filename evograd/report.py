@@ -37,9 +37,10 @@ NOT_PART_OF_A_GROUP = ("seed", "device")
 
 @dataclass
 class Table:
-    """name, title, source: text.  header: column titles.  rows: cells as text, the first one the row's label.  notes: text."""
+    """A table as text. experiment: the section it stands in.  rows: cells, the first one the row's label."""
 
     name: str
+    experiment: str
     title: str
     header: list[str]
     rows: list[list[str]]
@@ -80,7 +81,9 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
         notes.append("Mean ± sample standard deviation over runs with different seeds.")
     if left:
         notes.append(f"{left} more runs of other settings are in the result files and in no row.")
-    return Table(spec["name"], spec["title"], header, rows, spec.get("source"), shown, notes)
+    return Table(
+        spec["name"], spec.get("section", spec["experiment"]), spec["title"], header, rows, spec.get("source"), shown, notes
+    )
 
 
 def _cost_table(spec: dict, runs: list[dict]) -> Table:
@@ -95,7 +98,7 @@ def _cost_table(spec: dict, runs: list[dict]) -> Table:
             to_second = [f"{cost[key] / second[key]:.2f}" if second else "–" for key in ("seconds", "peak_bytes")]
             rows.append([spec["labels"].get(method, method), *ratios, f"{cost['peak_bytes'] / 1e6:.1f} MB", *to_second])
         notes.append(f"One step measured side by side on: {runs[-1]['environment']['device']}.")
-    return Table(spec["name"], spec["title"], header, rows, None, runs[-1:], notes)
+    return Table(spec["name"], spec.get("section", spec["experiment"]), spec["title"], header, rows, None, runs[-1:], notes)
 
 
 def _groups(runs: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -160,7 +163,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { background: var(--soft); white-space: normal; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th { background: var(--soft); white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
 figcaption, .small { font-size: .85rem; opacity: .8; } code, pre { background: var(--soft); border-radius: 4px; }
 pre { padding: .6rem; overflow-x: auto; } .broken { border-left: 4px solid #d55e00; padding-left: .8rem; }
@@ -180,7 +184,7 @@ def to_html(spec: dict, tables: list[Table], figures: dict[str, list[tuple[Path,
         items = "".join(f"<li>{escape(str(line))}</li>" for line in broken)
         parts.append(f"<div class='broken'><p>Lines of the result files that could not be read:</p><ul>{items}</ul></div>")
     for experiment in spec["experiments"]:
-        mine = [table for s, table in zip(spec["tables"], tables) if s["experiment"] == experiment["name"] and table.runs]
+        mine = [table for table in tables if table.experiment == experiment["name"] and table.runs]
         pictures = figures.get(experiment["name"], [])
         if not mine and not pictures:
             continue

@@ -30,6 +30,7 @@ EPOCHS = {"digits": 40, "mnist": 5}  # of 7 and 312 steps
 # nearly one-hot, and little is left of the difference of the candidates.
 SIGMA = {"evograd": 1e-3, "evograd_guided": 1e-4}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
+INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "second_order": 0.1}  # evograd has the paper's own scale
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
 # really made, which costs one copy of the parameters and no computation.
 LOOKAHEAD = ("evograd_guided", "mixed_mode")
@@ -47,6 +48,7 @@ def parse_args(argv=None):
     args.epochs = args.epochs or EPOCHS[args.data]
     args.sigma = args.sigma or SIGMA.get(args.method)
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
+    args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
     args.out = args.out or f"rotation/results/{args.data}.jsonl"
     return args
 

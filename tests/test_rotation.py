@@ -1,0 +1,173 @@
+"""The rotation experiment: geometry, data, every method tiny, and bad input."""
+
+import gzip
+import json
+import math
+import struct
+
+import pytest
+import torch
+
+from rotation import compare, data, plot, train
+from rotation.data import FILES, check_mnist, load, rotate
+
+
+def test_rotate_turns_by_the_angle_that_it_says():
+    images = torch.zeros(2, 1, 29, 29)
+    images[:, :, 4, 14] = 1  # above the centre
+    quarter = rotate(images, math.pi / 2)
+    torch.testing.assert_close(quarter, torch.rot90(images, 1, dims=(2, 3)), atol=1e-4, rtol=0)
+    smooth = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 29, 29), 5, 1, 2)
+    there_and_back = rotate(rotate(smooth, 0.3), torch.tensor(-0.3))
+    assert (there_and_back - smooth)[..., 9:20, 9:20].abs().max() < 0.1
+    torch.testing.assert_close(rotate(smooth, 0.0), smooth, atol=1e-5, rtol=0)
+
+
+def test_rotation_is_differentiable_by_the_angle(float64):
+    images = torch.nn.functional.avg_pool2d(torch.rand(2, 1, 12, 12), 5, 1, 2)
+    angle = torch.tensor(0.2, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: rotate(images, a).square().sum(), angle, eps=1e-7, atol=1e-3)
+
+
+def test_digits_are_split_without_overlap():
+    splits = load("digits", "", torch.device("cpu"))
+    assert [len(s) for s in splits] == [1000, 297, 500]
+    assert all(s.images.shape[1:] == (1, 28, 28) and s.images.dtype == torch.uint8 for s in splits)
+    assert all(len(s.labels.unique()) == 10 for s in splits)
+    rows = torch.cat([s.images.flatten(1) for s in splits])
+    assert len(rows) == 1797
+
+
+def run(tmp_path, method, *extra):
+    out = tmp_path / "runs.jsonl"
+    arguments = ["--method", method, "--device", "cpu", "--epochs", "2", "--batch-size", "64", "--out", str(out), *extra]
+    train.main(arguments)
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs_and_leaves_a_record(method, tmp_path, capsys):
+    record = run(tmp_path, method)
+    assert record["experiment"] == "rotation"
+    assert record["config"]["method"] == method
+    assert 20 < record["metrics"]["accuracy_upright"] <= 100
+    assert {"seconds", "seconds_per_step", "peak_bytes", "flops"} <= set(record["cost"])
+    if method == "baseline":
+        assert "angle" not in record["metrics"]
+    else:
+        assert record["metrics"]["angle"] != 0
+        assert len(record["metrics"]["angles"]) == len(record["metrics"]["angle_steps"]) == 30
+        plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+        assert (tmp_path / "rotation_angle_digits.png").exists()
+
+
+def test_flags_reach_the_estimator(tmp_path, capsys):
+    usual = run(tmp_path, "evograd")
+    more = run(tmp_path, "evograd", "--n-candidates", "10")
+    common = run(tmp_path, "evograd", "--common-random-numbers")
+    assert more["metrics"]["angle"] != usual["metrics"]["angle"]
+    assert more["cost"]["flops"] > 2 * usual["cost"]["flops"]
+    assert common["metrics"]["angle"] == usual["metrics"]["angle"]  # this model draws nothing
+    assert common["config"]["common_random_numbers"] is True
+
+
+def test_same_seed_same_run(tmp_path, capsys):
+    assert run(tmp_path, "evograd", "--seed", "5")["metrics"] == run(tmp_path, "evograd", "--seed", "5")["metrics"]
+
+
+def test_exact_hypergradients_find_the_angle(tmp_path, capsys):
+    record = run(tmp_path, "mixed_mode", "--epochs", "12")
+    assert record["metrics"]["angle_last_epoch"] == pytest.approx(30, abs=6)
+
+
+def test_guided_and_mixed_mode_look_ahead_by_the_step_that_was_made():
+    """Both are handed θ before the model's update, and take the validation gradient after it."""
+    for method in train.LOOKAHEAD:
+        args = train.parse_args(["--method", method, "--device", "cpu"])
+        trainer = train.Trainer(args, *load("digits", "", args.device)[:2])
+        seen = {}
+        estimator = trainer.estimator
+
+        def spy(train_loss, val_loss, model, hyperparameters, *, parameters, lookahead):
+            seen.update(before=parameters, after={n: p.detach().clone() for n, p in lookahead.items()})
+            return estimator(train_loss, val_loss, model, hyperparameters, parameters=parameters, lookahead=lookahead)
+
+        trainer.estimator = spy
+        start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        trainer.step()
+        for name, p in trainer.model.named_parameters():
+            assert torch.equal(seen["before"][name], start[name])
+            assert torch.equal(seen["after"][name], p)
+            assert not torch.equal(start[name], p)
+
+
+def test_compare_prints_and_writes(tmp_path, capsys):
+    compare.main(
+        ["--device", "cpu", "--repeats", "1", "--json", str(tmp_path / "cost.json"), "--out", str(tmp_path / "runs.jsonl")]
+    )
+    printed = capsys.readouterr().out
+    methods = json.loads((tmp_path / "cost.json").read_text())["methods"]
+    assert list(methods) == ["plain", "evograd", "evograd_guided", "mixed_mode", "second_order"]
+    assert all(name in printed for name in methods)
+    assert methods["plain"]["flops"] < methods["evograd"]["flops"] < methods["second_order"]["flops"]
+    assert methods["evograd"]["peak_bytes"] < methods["second_order"]["peak_bytes"]
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "evolution"], ["'evolution'", "evograd_guided", "second_order"]),
+        (["--data", "cifar"], ["'cifar'", "digits", "mnist"]),
+        (["--n-candidates", "1"], ["--n-candidates", "1 given", "at least 2"]),
+        (["--sigma", "0"], ["--sigma", "0 given", "positive"]),
+        (["--temperature", "-1"], ["--temperature", "-1 given", "positive"]),
+        (["--temperature", "warm"], ["--temperature", "'warm' given", "number"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--device", "tpu"], ["--device", "'tpu' given", "cuda"]),
+        (["--device", "cuda:99"], ["--device", "'cuda:99' given", "CUDA devices"]),
+        (["--out", "/dev/null/runs.jsonl"], ["--out", "/dev/null/runs.jsonl"]),
+        (["--data", "mnist", "--data-dir", "/nowhere"], ["no MNIST under /nowhere", "--data-dir", "--download"]),
+    ],
+)
+def test_bad_input(arguments, words, tmp_path, capsys):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "runs.jsonl")]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, *out, *([] if "--device" in arguments else ["--device", "cpu"])])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def write_mnist(root, truncate=None, packed=False):
+    """Four files of the right form, without their content; one of them cut short."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, size in FILES.items():
+        n = 60_000 if name.startswith("train") else 10_000
+        header = struct.pack(">IIII", 2051, n, 28, 28) if "images" in name else struct.pack(">II", 2049, n)
+        content = (header + bytes(size - len(header)))[: 1000 if name == truncate else None]
+        if packed:
+            stream = gzip.compress(content, 1)
+            (folder / f"{name}.gz").write_bytes(stream[:-20] if name == truncate else stream)
+        else:
+            (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_mnist_file_cut_short_is_named(packed, tmp_path):
+    write_mnist(tmp_path, truncate="t10k-images-idx3-ubyte", packed=packed)
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte.*Delete it and run again with --download"):
+        check_mnist(tmp_path)
+
+
+def test_mnist_split(tmp_path):
+    write_mnist(tmp_path)
+    splits = load("mnist", str(tmp_path), torch.device("cpu"))
+    assert [len(s) for s in splits] == [40_000, 10_000, 10_000]
+    (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
+        data.load("mnist", str(tmp_path), torch.device("cpu"))
