@@ -16,7 +16,10 @@ from .records import append_run, check_writable, environment, write_text
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and defaults beside the flags."""
+    """The script's docstring as it stands, and defaults beside the flags that have one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def experiment_parser(description: str, methods: Sequence[str], data: Sequence[str]) -> argparse.ArgumentParser:
@@ -42,7 +45,7 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the estimators."""
     group = parser.add_argument_group("hypergradient")
     group.add_argument("--n-candidates", type=at_least(2), default=2, metavar="K", help="EvoGrad's number of perturbed models")
-    group.add_argument("--sigma", type=positive, help="EvoGrad's standard deviation of the perturbation; default: by method")
+    group.add_argument("--sigma", type=positive, default=1e-3, help="EvoGrad's standard deviation of the perturbation")
     group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
     group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")

@@ -26,9 +26,8 @@ from .model import lenet
 
 METHODS = ("baseline", "evograd", "evograd_guided", "mixed_mode", "second_order")
 EPOCHS = {"digits": 40, "mnist": 5}  # of 7 and 312 steps
-# σ and τ. A guided perturbation is σ√P long, in one chosen direction: with the paper's values that is 0.25, the softmax is
+# τ. A guided perturbation is σ√P = 0.25 long, in the one direction that matters: with the paper's temperature the softmax is
 # nearly one-hot, and little is left of the difference of the candidates.
-SIGMA = {"evograd": 1e-3, "evograd_guided": 1e-4}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "second_order": 0.1}  # evograd has the paper's own scale
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
@@ -46,7 +45,6 @@ def parse_args(argv=None):
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
     args.epochs = args.epochs or EPOCHS[args.data]
-    args.sigma = args.sigma or SIGMA.get(args.method)
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
     args.out = args.out or f"rotation/results/{args.data}.jsonl"
