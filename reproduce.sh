@@ -27,12 +27,18 @@ if [ $# -gt 0 ]; then
   exit 2
 fi
 
+jobs_at_once() { # one for each CPU core, four at the most
+  local cores
+  cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+  echo $((cores < 4 ? cores : 4))
+}
+
 setup_venv
 OUT=report/results
 echo "== 1 of 4: one-dimensional illustration"
 "$PYTHON" -m illustration_1d.train --out $OUT/illustration_1d.jsonl --figures $OUT
 echo "== 2 of 4: rotation on embedded digits, five methods, three seeds"
-SEEDS="1 23 345" bash rotation/run.sh --data digits --out $OUT/rotation.jsonl
+JOBS=$(jobs_at_once) SEEDS="1 23 345" bash rotation/run.sh --data digits --out $OUT/rotation.jsonl
 "$PYTHON" -m rotation.plot $OUT/rotation.jsonl --out-dir $OUT
 echo "== 3 of 4: cost of one step of each method, side by side"
 "$PYTHON" -m rotation.compare --out $OUT/rotation.jsonl

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import evograd
-from evograd.noise import sign
+from evograd.noise import SeededNoise, sign
 
 from .problems import KINDS, bilevel
 from .reference import evograd_reference
@@ -80,6 +80,8 @@ def test_common_random_numbers_draw_once_and_move_on():
     assert len(set(drawn())) == 4
     first, second = drawn(common_random_numbers=True), drawn(common_random_numbers=True)
     assert len(set(first)) == 1 and len(set(second)) == 1 and first != second
+    after = torch.rand(()).item()
+    assert after not in first + second
     pairs = drawn(noise="guided")
     assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
 
@@ -124,6 +126,14 @@ def test_sign_noise_is_fair_and_independent():
     assert abs(draws.mean()) < 4 / math.sqrt(draws.numel())
     correlations = (draws.T @ draws / len(draws)).fill_diagonal_(0)
     assert correlations.abs().max() < 6 / math.sqrt(len(draws))
+
+
+def test_noise_differs_between_tensors_and_candidates():
+    theta = {name: torch.zeros(64) for name in "ab"}
+    noise = SeededNoise(sign, theta, 2, None)
+    drawn = [noise(k, name) for k in range(2) for name in "ab"]
+    assert all(not torch.equal(drawn[i], drawn[j]) for i in range(4) for j in range(i))
+    assert torch.equal(noise(1, "a"), drawn[2])
 
 
 # --- theory ------------------------------------------------------------------------------------------------------------
@@ -208,13 +218,27 @@ def test_guided_scale_is_sigma_squared_p_over_temperature():
 # --- a guest in somebody's model ---------------------------------------------------------------------------------------
 
 
+def test_replayed_draws_do_not_come_again_afterwards():
+    """Mixed mode draws for its lookahead, for validation, and again for its directional derivative; then goes on from there."""
+    problem = bilevel("dropout")
+    draws = []
+
+    def drawing(closure):
+        return lambda model: (draws.append(torch.rand(()).item()), closure(model))[1]
+
+    train_loss, val_loss = drawing(problem.train_loss), drawing(problem.val_loss)
+    evograd.mixed_mode(train_loss, val_loss, *problem.args()[2:], inner_lr=0.1, lookahead="sgd")
+    assert draws[0] == draws[2] != draws[1]
+    assert torch.rand(()).item() not in draws
+
+
 def state_of(problem):
     model = problem.model
     tensors = [*model.parameters(), *model.buffers(), *problem.hyperparameters]
     return (
         [t.clone() for t in tensors],
         [t.requires_grad for t in tensors],
-        [None if t.grad is None else (id(t.grad), t.grad.clone()) for t in model.parameters()],
+        [None if t.grad is None else (id(t.grad), t.grad.clone()) for t in [*model.parameters(), *problem.hyperparameters]],
         [m.training for m in model.modules()],
     )
 
@@ -247,6 +271,8 @@ def test_the_model_is_as_before(kind, method, fails):
     def val_loss(model):
         model.eval()
         value = problem.val_loss(model)
+        for p in problem.hyperparameters:
+            p.grad = torch.ones_like(p)  # as a closure that calls backward would leave it
         for p in problem.model.parameters():
             p.requires_grad_(False) if p.is_leaf and p.grad_fn is None and fails else None
         if fails:
