@@ -130,4 +130,6 @@ def _timed(step: Step) -> float:
 
 
 def _on_cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.memory_allocated() > 0
+    """Whether steps work on a CUDA device: something lies there. Fake tensors are counted, wherever they claim to be."""
+    initialized = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return initialized and torch.cuda.memory_allocated() > 0 and detect_fake_mode() is None

@@ -58,7 +58,6 @@ class Problem:
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
         self.hyperparameters = _checked_hyperparameters(hyperparameters)
         self.theta, self.fixed = self._split(parameters)
-        self.device = next(iter(self.theta.values())).device
         tensors = [*self.theta.values(), *self.hyperparameters]
         self.cuda_devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
 

@@ -60,7 +60,7 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
     for column in columns:
         header.append(column["label"])
         if column["value"] in with_paper:
-            header.append(f"{column['label']}, published")
+            header.append("published")  # of the column before it
     rows, shown = [], []
     for row in spec["rows"]:
         groups = _groups([run for run in runs if _matches(run["config"], row["match"])]) or [("", [])]
@@ -159,7 +159,7 @@ def update_markdown(text: str, tables: list[Table]) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-bottom: 1px solid var(--line); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }

@@ -44,7 +44,7 @@ SPEC = {
 }
 
 GOLDEN = """\
-| Method | runs | accuracy (%) | accuracy (%), published | peak (MB) |
+| Method | runs | accuracy (%) | published | peak (MB) |
 | :-- | --: | --: | --: | --: |
 | ours | 3 | 91.0 ± 1.0 | 90.2 ± 1.5 | 2 ± 0 |
 | ours, epochs 9 | 1 | 50.0 | – | 2 |
