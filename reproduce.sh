@@ -43,5 +43,6 @@ JOBS=$(jobs_at_once) SEEDS="1 23 345" bash rotation/run.sh --data digits --out $
 echo "== 3 of 4: cost of one step of each method, side by side"
 "$PYTHON" -m rotation.compare --out $OUT/rotation.jsonl
 echo "== 4 of 4: report"
-"$PYTHON" -m evograd.report */results/*.jsonl --out report/index.html
+# What has just run comes last, and so stands for the committed runs of the same configuration.
+"$PYTHON" -m evograd.report $(ls */results/*.jsonl | grep -v ^report/) $OUT/*.jsonl --out report/index.html
 echo "Open report/index.html in a browser."

@@ -51,6 +51,14 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")
 
 
+def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, reads: dict[str, tuple[str, ...]]) -> None:
+    """End with an error if a setting was given that args.method does not read; `reads` names those of each method."""
+    for name in sorted({name for names in reads.values() for name in names} - set(reads[args.method])):
+        if getattr(args, name) != parser.get_default(name):
+            able = ", ".join(method for method, names in reads.items() if name in names)
+            parser.error(f"--{name.replace('_', '-')} given, but --method {args.method} does not read it; these do: {able}")
+
+
 def comparison_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags of every script that measures one step of each method."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
@@ -110,6 +118,8 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(
             f"{text!r} given, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere"
         )
+    if value.type == "cuda":
+        torch.cuda.set_device(value)  # so that what is measured is measured there
     return value
 
 

@@ -7,6 +7,7 @@ arXiv 2106.10575.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ def hypergradient(
     only first-order gradients of one candidate at a time are ever needed.
 
     Args:
-        train_loss: ℓ_T, a function of the model that returns a scalar. It is called with `model`, in which the candidate's
-            parameters stand in for its own.
+        train_loss: ℓ_T, a function of the model that returns a scalar. It is called once for each candidate, with `model`, in
+            which the candidate's parameters stand in for its own; whatever depends on λ is computed inside of it.
         val_loss: ℓ_V, likewise.
         model: any torch.nn.Module. Its parameters, buffers, gradients, modes and flags are afterwards as before.
         hyperparameters: tensors of any shape that require grad. They may be parameters of the model; they are not perturbed.
@@ -64,8 +65,8 @@ def hypergradient(
             perturbed parameters, which makes the same four moves the central finite difference of the hypergradient through
             one SGD step (T1–T2). It holds one gradient of the model's size, and gives the two candidates of each ± pair the
             same random draws. Its candidates are σ√P from θ: if `weights` come out near 0 and 1, raise τ or lower σ.
-        strategy: "stream" keeps one candidate at a time: memory does not grow with K. "retain" keeps the K graphs and takes one
-            backward pass of Σ_k c_k ℓ_k: faster where λ is large. Same result.
+        strategy: "stream" keeps one candidate at a time, and K gradients of λ's size: nothing of the model's size grows with K.
+            "retain" keeps the K graphs and takes one backward pass of Σ_k c_k ℓ_k: faster where λ is large.
         common_random_numbers: let every candidate draw the same random numbers from torch's generators (dropout, say).
         inner_lr: rescale the estimate to the inner learning rate of T1–T2 hypergradients. For small σ its expectation is the
             T1–T2 hypergradient at inner learning rate σ² (K − 1) / (K τ), or σ² P / τ if guided (K even). Default: that scale.
@@ -101,7 +102,7 @@ def hypergradient(
         for k in range(n_candidates):
             group = 0 if common_random_numbers else min(k // 2, n_candidates // 2 - 1) if guided else k
             start = starts.get(group)
-            if start is None:
+            if start is None and (guided or common_random_numbers):
                 starts[group] = problem.random_state()
             with problem.replay(start):
                 loss = problem.loss(
@@ -187,7 +188,7 @@ def _weighted_sum(coefficients: Tensor, grads: Sequence[Tensor | None]) -> Tenso
 
 
 def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator) -> None:
-    if not isinstance(n_candidates, int) or n_candidates < 2:
+    if not isinstance(n_candidates, Integral) or n_candidates < 2:
         raise ValueError(
             f"n_candidates={n_candidates!r} must be an integer of at least 2: with one candidate the softmax is constant"
         )
@@ -204,5 +205,11 @@ def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahea
         raise ValueError(f"strategy={strategy!r} is unknown; accepted are {', '.join(map(repr, STRATEGIES))}")
     if lookahead is not None and noise != "guided":
         raise ValueError(f"lookahead is where noise='guided' takes its gradient; it has no meaning with noise={noise!r}")
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"generator is on {generator.device}; it must be a CPU generator, since seeds are drawn on the host")
+    if generator is not None:
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            given = f"on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
+            raise ValueError(
+                f"generator is {given}; it must be a torch.Generator on the CPU, since seeds are drawn on the host"
+            )
+        if noise == "guided":
+            raise ValueError("generator is what random noise draws from; noise='guided' draws nothing")

@@ -50,7 +50,7 @@ class SeededNoise:
     ):
         self.function, self.theta = function, theta
         with _disable_current_modes():  # real numbers under FakeTensorMode too
-            seeds = torch.randint(2**62, (n_candidates, len(theta)), generator=generator).tolist()
+            seeds = torch.randint(2**62, (n_candidates, len(theta)), generator=generator, device="cpu").tolist()
         self.seeds = [dict(zip(theta, row)) for row in seeds]
         self.generators = {device: torch.Generator(device) for device in {p.device for p in theta.values()}}
 
@@ -58,10 +58,10 @@ class SeededNoise:
         like = self.theta[name]
         generator = self.generators[like.device].manual_seed(self.seeds[k][name])
         epsilon = self.function(like, generator)
-        if epsilon.shape != like.shape or epsilon.device != like.device:
+        if (epsilon.shape, epsilon.dtype, epsilon.device) != (like.shape, like.dtype, like.device):
             raise ValueError(
-                f"noise returned {tuple(epsilon.shape)} on {epsilon.device} for {name!r}; "
-                f"it must be {tuple(like.shape)} on {like.device}"
+                f"noise returned {tuple(epsilon.shape)}, {epsilon.dtype} on {epsilon.device} for {name!r}; "
+                f"it must be {tuple(like.shape)}, {like.dtype} on {like.device}"
             )
         return epsilon
 
@@ -78,12 +78,13 @@ class GuidedNoise:
         if n_candidates % 2:
             self.amplitudes[-1] = 0.0
         self.mean_square = sum(a * a for a in self.amplitudes) / n_candidates
-        first = next(iter(gradient.values()))
-        norm = torch.stack([torch.linalg.vector_norm(g).to(first) for g in gradient.values()]).norm()
+        dtype = torch.promote_types(next(iter(gradient.values())).dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(g, dtype=dtype) for g in gradient.values()]
+        norm = torch.stack([n.to(norms[0].device) for n in norms]).norm()
         self.n_parameters = sum(g.numel() for g in gradient.values())
         radius = math.sqrt(self.n_parameters)
-        self.unit = radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        self.slopes = radius * norm * torch.tensor(self.amplitudes, dtype=norm.dtype, device=norm.device)
+        self.unit = torch.where(norm > 0, radius / norm, 0)  # no gradient, no direction: the candidates are θ itself
+        self.slopes = torch.stack([a * radius * norm for a in self.amplitudes])
 
     def __call__(self, k: int, name: str) -> Tensor:
         gradient = self.gradient[name]

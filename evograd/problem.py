@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Problem:
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
         self.hyperparameters = _checked_hyperparameters(hyperparameters)
         self.theta, self.fixed = self._split(parameters)
-        tensors = [*self.theta.values(), *self.hyperparameters]
+        tensors = [*self.theta.values(), *self.fixed.values(), *self.hyperparameters]
         self.cuda_devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
 
     def _split(self, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -90,14 +91,20 @@ class Problem:
         items = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
         result = {}
         for item in items:
+            if isinstance(item, Tensor):
+                raise ValueError(
+                    f"{argument}: tensors without names given; give names, or pairs as of model.named_parameters()"
+                )
             name, tensor = (item, every_name.get(item)) if isinstance(item, str) else item
             if name not in every_name:
                 raise ValueError(f"{argument}: the model has no parameter {name!r}; it has {_some(own)}")
             target = every_name[name]
-            if tensor.shape != target.shape or not tensor.is_floating_point():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{argument}: {name!r} is {type(tensor).__name__}; a tensor is needed")
+            if (tensor.shape, tensor.dtype, tensor.device) != (target.shape, target.dtype, target.device):
                 raise ValueError(
-                    f"{argument}: {name!r} is {tuple(tensor.shape)} of {tensor.dtype}, "
-                    f"but the model's is {tuple(target.shape)} of {target.dtype}"
+                    f"{argument}: {name!r} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, "
+                    f"but the model's is {tuple(target.shape)}, {target.dtype} on {target.device}"
                 )
             result[first_name[id(target)]] = tensor
         return result
@@ -112,8 +119,13 @@ class Problem:
         return functional_call(calls, {f"model.{name}": t for name, t in tensors.items()}, ())
 
     def scalar(self, closure: Closure, model: nn.Module) -> Tensor:
-        """closure(model), checked to be a scalar."""
-        value = closure(model)
+        """closure(model), checked to be a scalar. Modes that the closure sets are its own: the next one does not see them."""
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            value = closure(model)
+        finally:
+            for module, mode in modes:
+                module.training = mode
         which = "train_loss" if closure is self.train_loss else "val_loss"
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             what = (
@@ -142,8 +154,11 @@ class Problem:
                 raise ValueError("lookahead='sgd' needs inner_lr, the learning rate of that step")
             leaves = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
             grads = partial(self.loss(self.train_loss, leaves), list(leaves.values()))
-            # The step is written over the gradient: one copy of the parameters, not two.
-            return {name: p if g is None else g.mul_(-inner_lr).add_(p) for (name, p), g in zip(self.theta.items(), grads)}
+            ahead = {}
+            for i, (name, p) in enumerate(self.theta.items()):
+                gradient, grads[i] = grads[i], None  # each gradient goes as its step is taken: one copy alive, not two
+                ahead[name] = p if gradient is None else torch.add(p, gradient, alpha=-inner_lr)
+            return ahead
         given = self.named(lookahead, "lookahead")
         return {name: given.get(name, p).detach() for name, p in self.theta.items()}
 
@@ -155,28 +170,27 @@ class Problem:
             if not parts:
                 name = next((f" ({n!r})" for n, p in self.model.named_parameters() if p is h), "")
                 raise RuntimeError(
-                    f"hyperparameters[{i}]{name}, of shape {tuple(h.shape)}: neither train_loss nor val_loss depends on it; "
-                    "at least one must, through operations that autograd records"
+                    f"hyperparameters[{i}]{name}, of shape {tuple(h.shape)}: the hypergradient does not depend on it; either "
+                    "val_loss must, or train_loss by a term in which the parameters are too, in operations that autograd records"
                 )
-            grads.append(sum(parts[1:], parts[0]))
+            # What autograd returns may share its storage with another gradient, or be an expanded view.
+            grads.append(sum(parts[1:], parts[0]) if len(parts) > 1 else parts[0].clone())
         return grads
 
     @contextmanager
     def undisturbed(self):
-        """Whatever a closure does to them, modes, flags and gradients are as before afterwards, after an error too."""
-        modes = [(m, m.training) for m in self.model.modules()]
+        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too."""
         tensors = {id(t): t for t in [*self.model.parameters(), *self.hyperparameters]}.values()
-        flags = [(t, t.requires_grad, t.grad if t.is_leaf else None) for t in tensors]
+        before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
         try:
+            for tensor, _, _ in before:
+                tensor.grad = None
             with torch.enable_grad():
                 yield
         finally:
-            for module, mode in modes:
-                module.training = mode
-            for tensor, requires_grad, grad in flags:
-                if tensor.is_leaf:
-                    tensor.requires_grad_(requires_grad)
-                    tensor.grad = grad
+            for tensor, requires_grad, grad in before:
+                tensor.requires_grad_(requires_grad)
+                tensor.grad = grad
 
     def random_state(self) -> list[Tensor]:
         """The state of torch's generators, from which train_loss and val_loss draw (dropout)."""
@@ -222,7 +236,7 @@ def partial(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (0 < value < math.inf):
+    if not isinstance(value, Real) or isinstance(value, bool) or not (0 < value < math.inf):
         raise ValueError(f"{name}={value!r} must be a positive, finite number")
 
 
@@ -230,7 +244,7 @@ def check_finite(train_losses: Tensor, val_loss: Tensor) -> None:
     """RuntimeError if a loss is NaN or infinite. The one host synchronisation of a step, at its end."""
     if isinstance(val_loss, FakeTensor) or (val_loss.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    losses = [*train_losses.tolist(), val_loss.item()]
+    losses = torch.cat([train_losses, val_loss.reshape(1).to(train_losses)]).tolist()
     for k, value in enumerate(losses):
         if not math.isfinite(value):
             which = "val_loss" if k == len(losses) - 1 else f"train_loss of candidate {k}"
@@ -240,8 +254,9 @@ def check_finite(train_losses: Tensor, val_loss: Tensor) -> None:
 
 
 def _checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(hyperparameters, Tensor):
-        raise TypeError("hyperparameters must be a sequence of tensors, not one tensor; write [tensor]")
+    if isinstance(hyperparameters, (Tensor, nn.Module)):
+        hint = "[tensor]" if isinstance(hyperparameters, Tensor) else "list(module.parameters())"
+        raise TypeError(f"hyperparameters must be a sequence of tensors, not {type(hyperparameters).__name__}; write {hint}")
     hyperparameters = list(hyperparameters)
     if not hyperparameters:
         raise ValueError("hyperparameters is empty; at least one tensor that requires grad is needed")

@@ -159,7 +159,7 @@ def _commit() -> str | None:
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", "*.py"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "-uno", "--", ":(top)*.py"], capture_output=True, text=True, check=True
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -32,7 +32,7 @@ COLOURS = {
     "baseline": "#666666",
     "theory": "#D55E00",
 }
-NOT_PART_OF_A_GROUP = ("seed", "device")
+NOT_PART_OF_A_GROUP = ("seed",)
 
 
 @dataclass
@@ -230,14 +230,14 @@ def find_figures(spec: dict, folders: list[Path]) -> dict[str, list[tuple[Path, 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", help="result files; default: */results/*.jsonl")
+    parser.add_argument("results", nargs="*", help="result files; default: <experiment>/results/*.jsonl")
     parser.add_argument(
         "--tables", default="resources/paper_tables.json", help="what the tables hold, and the published numbers"
     )
     parser.add_argument("--out", default="report/index.html", help="the page")
     parser.add_argument("--readme", nargs="+", default=[], metavar="FILE", help="Markdown files whose tables are made anew")
     args = parser.parse_args(argv)
-    files = args.results or sorted(glob("*/results/*.jsonl"))
+    files = args.results or sorted(set(glob("*/results/*.jsonl")) - set(glob("report/results/*.jsonl")))
     missing = [name for name in [*files, args.tables, *args.readme] if not Path(name).is_file()]
     if missing:
         parser.error(f"no such file: {', '.join(missing)}")

@@ -3,19 +3,21 @@
 PYTHON=.venv/bin/python
 
 setup_venv() {
-  local base=${BASE_PYTHON:-python3} wanted
+  local base=${BASE_PYTHON:-python3} wanted missing
   if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "error: Python 3.10 or later is needed; $base is $("$base" --version 2>&1 || true). Name another one with BASE_PYTHON=…" >&2
     exit 1
   fi
-  wanted="$(cat requirements.txt; printf '%s\n' "$@")"
-  if [ -x "$PYTHON" ] && [ "$(cat .venv/installed.txt 2>/dev/null)" = "$wanted" ]; then
+  wanted=$(grep -v '^ *$' requirements.txt; printf '%s\n' "$@")
+  missing=$(grep -Fxv -f <(cat .venv/installed.txt 2>/dev/null || true) <<< "$wanted" || true)
+  if [ -x "$PYTHON" ] && [ -z "$(tr -d '[:space:]' <<< "$missing")" ]; then
     echo "== set-up: .venv is there, nothing to install"
     return
   fi
-  echo "== set-up: installing into .venv: $(echo $wanted)"
-  echo "   (only the first time; on Linux torch comes with its CUDA libraries, about 6 GB)"
-  [ -x "$PYTHON" ] || "$base" -m venv .venv
+  echo "== set-up: installing into .venv: $(tr '\n' ' ' <<< "$missing")"
+  echo "   (once; on Linux torch comes with its CUDA libraries, about 6 GB)"
+  # A set-up that was interrupted may have left an interpreter without pip.
+  "$PYTHON" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt "$@"
-  printf '%s' "$wanted" > .venv/installed.txt
+  echo "$missing" >> .venv/installed.txt
 }

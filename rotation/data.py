@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import math
 from dataclasses import dataclass
@@ -85,7 +86,13 @@ def _mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
 def download_mnist(root: str) -> None:
     from torchvision.datasets import MNIST
 
-    MNIST(root, download=True)
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with open(Path(root) / "download.lock", "w") as lock:  # of several runs at once, one fetches and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            MNIST(root, download=True)
+        except RuntimeError as error:
+            raise OSError(f"MNIST could not be fetched into {root}: {error}") from error
 
 
 def check_mnist(root: Path) -> None:

@@ -1,6 +1,7 @@
 """The learned angle over training, from result lines: python -m rotation.plot [FILE.jsonl …] [--out-dir DIR]"""
 
 import argparse
+from glob import glob
 from pathlib import Path
 
 import matplotlib
@@ -40,12 +41,14 @@ def plot_angles(runs, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="*", default=["rotation/results/mnist.jsonl", "rotation/results/digits.jsonl"])
+    parser.add_argument("results", nargs="*", default=sorted(glob("rotation/results/*.jsonl")), help="result files")
     parser.add_argument("--out-dir", default="rotation/results", help="folder of the figures")
     args = parser.parse_args(argv)
     missing = [name for name in args.results if not Path(name).is_file()]
     if missing:
         parser.error(f"no such file: {', '.join(missing)}")
+    if not args.results:
+        parser.error("no result files in rotation/results: run the experiment first, or name the files")
     runs, broken = read_runs(args.results)
     for line in broken:
         print(f"left out: {line}")

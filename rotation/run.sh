@@ -24,7 +24,7 @@ if [ "${1:-}" = --print ]; then
   commands "${@:2}"
 elif [ "$JOBS" -gt 1 ]; then
   export OMP_NUM_THREADS=1 TQDM_DISABLE=1
-  commands "$@" | tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} bash -c '{} || exit 255'  # 255: a failed run ends the others
+  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
 else
   commands "$@" | while read -r command; do
     echo "$command"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import evograd
 from evograd import cli
 from evograd.measuring import measure
-from evograd.records import append_run, seed_everything
+from evograd.records import append_run, check_writable, seed_everything
 
 from .data import DATASETS, TRUE_ANGLE, download_mnist, load, normalize, rotate
 from .model import lenet
@@ -30,6 +30,14 @@ EPOCHS = {"digits": 30, "mnist": 5}  # of 7 and 312 steps
 # nearly one-hot, and little is left of the difference of the candidates.
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "second_order": 0.1}  # evograd has the paper's own scale
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
+READS = {
+    "baseline": (),
+    "evograd": CANDIDATES,
+    "evograd_guided": CANDIDATES,
+    "mixed_mode": ("inner_lr",),
+    "second_order": ("inner_lr",),
+}
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
 # really made, which costs one copy of the parameters and no computation.
 LOOKAHEAD = ("evograd_guided", "mixed_mode")
@@ -44,6 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--angle-lr", type=cli.positive, default=1e-2, help="of the angle's Adam")
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
+    cli.refuse_unread(parser, args, READS)
     args.epochs = args.epochs or EPOCHS[args.data]
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
@@ -58,11 +67,12 @@ def estimators(args):
         sigma=args.sigma,
         temperature=args.temperature,
         common_random_numbers=args.common_random_numbers,
+        inner_lr=args.inner_lr,
     )
     return {
         "baseline": None,
         "evograd": partial(evograd.hypergradient, **candidates),
-        "evograd_guided": partial(evograd.hypergradient, noise="guided", inner_lr=args.inner_lr, **candidates),
+        "evograd_guided": partial(evograd.hypergradient, noise="guided", **candidates),
         "mixed_mode": partial(evograd.mixed_mode, inner_lr=args.inner_lr),
         "second_order": partial(evograd.baselines.unrolled, inner_lr=args.inner_lr),
     }
@@ -90,7 +100,7 @@ class Trainer:
         self.val_batches = batches(len(val), args.batch_size, generator)
 
     def step(self):
-        """The model's update on rotated training images, then the angle's. Returns (training loss, validation loss or None)."""
+        """The model's update on rotated training images, then the angle's. Returns the training loss."""
         x, y = self.train.batch(next(self.train_batches))
         val_index = next(self.val_batches).to(y.device)
 
@@ -109,13 +119,11 @@ class Trainer:
         loss = train_loss(self.model)
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
-        if self.estimator is None:
-            return loss.detach(), None
-
-        result = self.estimator(train_loss, val_loss, self.model, [self.angle], **around)
-        self.angle.grad = result.grads[0]
-        self.angle_optimizer.step()
-        return loss.detach(), result.val_loss
+        if self.estimator is not None:
+            result = self.estimator(train_loss, val_loss, self.model, [self.angle], **around)
+            self.angle.grad = result.grads[0]
+            self.angle_optimizer.step()
+        return loss.detach()
 
 
 def rotated(split, angle):
@@ -134,6 +142,7 @@ def accuracy(model, images, labels):
 def main(argv=None):
     args = parse_args(argv)
     with cli.exit_on_bad_input():
+        check_writable(args.out)
         if args.download:
             download_mnist(args.data_dir)
         train, val, test = load(args.data, args.data_dir, args.device)
@@ -142,15 +151,14 @@ def main(argv=None):
 
     steps_an_epoch = max(1, len(train) // args.batch_size)
     n_steps = args.epochs * steps_an_epoch
-    angles, losses = [], []  # device tensors: the loop never waits for the device
+    angles, losses = [], []  # tensors on the device, read when all is done
     start = perf_counter()
     progress = tqdm(range(n_steps), desc=f"rotation {args.data} {args.method} seed {args.seed}", unit="step", mininterval=1)
     for step in progress:
-        loss, val_loss = trainer.step()
+        losses.append(trainer.step())
         angles.append(trainer.angle.detach().clone())
-        losses.append(loss)
         if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}", angle=f"{math.degrees(angles[-1].item()):.1f} deg")
+            progress.set_postfix(loss=f"{losses[-1].item():.3f}", angle=f"{math.degrees(angles[-1].item()):.1f} deg")
     angles = torch.rad2deg(torch.stack(angles)).tolist()
     seconds = perf_counter() - start
 

@@ -55,6 +55,17 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.unsqueeze(1).repeat(1, 3, 1))[0][:, -1])
 
 
+class Sum(nn.Module):
+    """Two parameters that are only ever added: autograd hands both the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = (nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D, D)), nn.Linear(D, C))
+
+    def forward(self, x):
+        return self.head(torch.tanh(x @ (self.a + self.b)))
+
+
 def mlp(*layers):
     return nn.Sequential(nn.Linear(D, 6), *layers, nn.Tanh(), nn.Linear(6, C))
 
@@ -88,12 +99,13 @@ MODELS = {
     "dropout": lambda: mlp(nn.Dropout(0.3)),
     "conv": lambda: nn.Sequential(nn.Unflatten(1, (1, D)), nn.Conv1d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, C)),
     "tied": Tied,
+    "sum": Sum,
     "frozen": frozen,
     "weight_norm": normed,
     "parametrized": parametrized,
     "lstm": Recurrent,
 }
-KINDS = [*MODELS, "hyperparameters_inside", "val_depends_directly", "mixed_shapes", "head_only"]
+KINDS = [*MODELS, "eval_mode", "hyperparameters_inside", "val_depends_directly", "mixed_shapes", "head_only"]
 
 
 def bilevel(kind: str, seed: int = 0) -> Bilevel:
@@ -101,7 +113,8 @@ def bilevel(kind: str, seed: int = 0) -> Bilevel:
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     try:
-        model = Gate() if kind == "hyperparameters_inside" else MODELS.get(kind, mlp)()
+        special = {"hyperparameters_inside": Gate, "eval_mode": MODELS["batchnorm"]}
+        model = {**MODELS, **special}.get(kind, mlp)()
         x, y, x_val, y_val = torch.randn(N, D), torch.randint(0, C, (N,)), torch.randn(N, D), torch.randint(0, C, (N,))
         weights = torch.randn(N, requires_grad=True)
         decay, shift = torch.tensor(0.3, requires_grad=True), torch.randn(2, D, requires_grad=True)
@@ -116,6 +129,8 @@ def bilevel(kind: str, seed: int = 0) -> Bilevel:
 
     if kind == "hyperparameters_inside":
         return Bilevel(model, [model.gate], lambda m: F.cross_entropy(m(x), y), val_loss)
+    if kind == "eval_mode":  # set by the closure of the validation loss, which the training loss must not see
+        return Bilevel(model, [weights], weighted, lambda m: val_loss(m.eval()))
     if kind == "val_depends_directly":
         return Bilevel(
             model,

@@ -6,6 +6,20 @@ from torch.func import functional_call
 from evograd.noise import NOISES, SeededNoise
 
 
+class Caller:
+    """Called like the model, with other tensors in it."""
+
+    def __init__(self, model, tensors):
+        self.model, self.tensors = model, tensors
+
+    def __call__(self, *args):
+        return functional_call(self.model, self.tensors, args)
+
+    def eval(self):
+        self.model.eval()
+        return self
+
+
 def evograd_reference(
     problem, n_candidates=2, sigma=1e-3, temperature=0.05, noise="sign", common_random_numbers=False, generator=None
 ):
@@ -18,7 +32,9 @@ def evograd_reference(
 
     def loss(closure, parameters):
         buffers = {n: b.clone() for n, b in model.named_buffers()}
-        return closure(lambda *args: functional_call(model, {**parameters, **buffers}, args))
+        value = closure(Caller(model, {**parameters, **buffers}))
+        model.train()
+        return value
 
     if noise == "guided":
         at = {n: p.clone().requires_grad_() for n, p in theta.items()}

@@ -218,6 +218,38 @@ def test_guided_scale_is_sigma_squared_p_over_temperature():
 # --- a guest in somebody's model ---------------------------------------------------------------------------------------
 
 
+def test_guided_without_a_validation_gradient():
+    """Where G is zero there is no direction: what is left is the direct dependence."""
+    problem = bilevel("mlp")
+    (weights,) = problem.hyperparameters
+    result = evograd.hypergradient(
+        problem.train_loss,
+        lambda m: m(torch.zeros(1, 5).double()).sum() * 0 + weights.square().sum(),
+        *problem.args()[2:],
+        noise="guided",
+    )
+    torch.testing.assert_close(result.grads[0], 2 * weights.detach())
+
+
+@pytest.mark.parametrize("method", ["stream", "retain", "guided", "mixed_mode", "unrolled"])
+def test_gradients_may_be_written_to(method):
+    """Neither views nor each other's storage, although autograd gives both where hyperparameters are only added or summed."""
+    problem = bilevel("mlp")
+    first, second = (
+        torch.zeros(8, dtype=torch.float64, requires_grad=True),
+        torch.zeros(8, dtype=torch.float64, requires_grad=True),
+    )
+    x_val = torch.randn(4, 5).double()
+    grads = METHODS[method](
+        lambda m: problem.train_loss(m),
+        lambda m: m(x_val).square().sum() + (first + second).sum(),
+        problem.model,
+        [first, second],
+    ).grads
+    grads[0].mul_(0)
+    torch.testing.assert_close(grads[1], torch.ones_like(second))
+
+
 def test_replayed_draws_do_not_come_again_afterwards():
     """Mixed mode draws for its lookahead, for validation, and again for its directional derivative; then goes on from there."""
     problem = bilevel("dropout")
@@ -272,6 +304,7 @@ def test_the_model_is_as_before(kind, method, fails):
         model.eval()
         value = problem.val_loss(model)
         for p in problem.hyperparameters:
+            assert p.grad is None
             p.grad = torch.ones_like(p)  # as a closure that calls backward would leave it
         for p in problem.model.parameters():
             p.requires_grad_(False) if p.is_leaf and p.grad_fn is None and fails else None

@@ -65,9 +65,11 @@ def test_flags_reach_the_estimator(tmp_path, capsys):
     usual = run(tmp_path, "evograd")
     more = run(tmp_path, "evograd", "--n-candidates", "10")
     common = run(tmp_path, "evograd", "--common-random-numbers")
+    scaled = run(tmp_path, "evograd", "--inner-lr", "1e-12")
     assert more["metrics"]["angle"] != usual["metrics"]["angle"]
     assert more["cost"]["flops"] > 2 * usual["cost"]["flops"]
     assert common["metrics"]["angle"] == usual["metrics"]["angle"]  # this model draws nothing
+    assert abs(scaled["metrics"]["angle"]) < 0.5 * abs(usual["metrics"]["angle"])  # as small as Adam's epsilon
     assert common["config"]["common_random_numbers"] is True
 
 
@@ -129,6 +131,11 @@ def test_compare_prints_and_writes(tmp_path, capsys):
         (["--device", "tpu"], ["--device", "'tpu' given", "cuda"]),
         (["--device", "cuda:99"], ["--device", "'cuda:99' given", "CUDA devices"]),
         (["--out", "/dev/null/runs.jsonl"], ["--out", "/dev/null/runs.jsonl"]),
+        (
+            ["--method", "mixed_mode", "--n-candidates", "10"],
+            ["--n-candidates", "mixed_mode does not read it", "evograd_guided"],
+        ),
+        (["--method", "baseline", "--inner-lr", "0.5"], ["--inner-lr", "baseline does not read it", "second_order"]),
         (["--data", "mnist", "--data-dir", "/nowhere"], ["no MNIST under /nowhere", "--data-dir", "--download"]),
     ],
 )
