@@ -171,7 +171,7 @@ class Problem:
                 name = next((f" ({n!r})" for n, p in self.model.named_parameters() if p is h), "")
                 raise RuntimeError(
                     f"hyperparameters[{i}]{name}, of shape {tuple(h.shape)}: the hypergradient does not depend on it; either "
-                    "val_loss must, or train_loss by a term in which the parameters are too, in operations that autograd records"
+                    "val_loss must, or train_loss by a term that the parameters are in too, by operations that autograd records"
                 )
             # What autograd returns may share its storage with another gradient, or be an expanded view.
             grads.append(sum(parts[1:], parts[0]) if len(parts) > 1 else parts[0].clone())

@@ -29,7 +29,8 @@ EPOCHS = {"digits": 30, "mnist": 5}  # of 7 and 312 steps
 # τ. A guided perturbation is σ√P = 0.25 long, in the one direction that matters: with the paper's temperature the softmax is
 # nearly one-hot, and little is left of the difference of the candidates.
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
-INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "second_order": 0.1}  # evograd has the paper's own scale
+# η. With a given lookahead it is only the scale of the hypergradient, which Adam does not see; second_order takes the model's.
+INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "second_order": 1e-3}
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
 READS = {
     "baseline": (),
