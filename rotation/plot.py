@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 from evograd.records import read_runs
 from evograd.report import COLOURS
 
+from .train import CANDIDATES, parse_args
+
 TITLES = {
     "evograd": "EvoGrad",
     "evograd_guided": "EvoGrad, guided",
@@ -39,6 +41,13 @@ def plot_angles(runs, path):
     plt.close(figure)
 
 
+def is_default(config, data):
+    """Whether a run on `data` has the settings that its method has when nothing else is said."""
+    default = parse_args(["--method", config["method"], "--data", data])
+    names = ("data", "epochs", "batch_size", "lr", "angle_lr", *CANDIDATES)
+    return all(config[name] == getattr(default, name) for name in names)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="*", default=sorted(glob("rotation/results/*.jsonl")), help="result files")
@@ -53,13 +62,11 @@ def main(argv=None):
     for line in broken:
         print(f"left out: {line}")
     for data in ("mnist", "digits"):
-        usual = {"n_candidates": 2, "common_random_numbers": False}
         chosen = [
             run
             for run in runs
-            if run["experiment"] == "rotation" and run["config"]["data"] == data and "angles" in run["metrics"]
+            if run["experiment"] == "rotation" and "angles" in run["metrics"] and is_default(run["config"], data)
         ]
-        chosen = [run for run in chosen if all(run["config"][key] == value for key, value in usual.items())]
         if chosen:
             path = Path(args.out_dir) / f"rotation_angle_{data}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,16 @@ def test_every_method_runs_and_leaves_a_record(method, tmp_path, capsys):
     else:
         assert record["metrics"]["angle"] != 0
         assert len(record["metrics"]["angles"]) == len(record["metrics"]["angle_steps"]) == 30
-        plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
-        assert (tmp_path / "rotation_angle_digits.png").exists()
+
+
+def test_figure_shows_the_runs_of_default_settings(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(train.EPOCHS, "digits", 2)
+    run(tmp_path, "mixed_mode")  # of batches of 64
+    plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+    assert not (tmp_path / "rotation_angle_digits.png").exists()
+    run(tmp_path, "mixed_mode", "--batch-size", "128")
+    plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+    assert (tmp_path / "rotation_angle_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_flags_reach_the_estimator(tmp_path, capsys):
