@@ -25,7 +25,7 @@ from .data import DATASETS, TRUE_ANGLE, download_mnist, load, normalize, rotate
 from .model import lenet
 
 METHODS = ("baseline", "evograd", "evograd_guided", "mixed_mode", "second_order")
-EPOCHS = {"digits": 30, "mnist": 5}  # of 7 and 312 steps
+EPOCHS = {"digits": 20, "mnist": 5}  # of 7 and 312 steps
 # τ. A guided perturbation is σ√P = 0.25 long, in the one direction that matters: with the paper's temperature the softmax is
 # nearly one-hot, and little is left of the difference of the candidates.
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
