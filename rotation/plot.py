@@ -36,7 +36,7 @@ def plot_angles(runs, path):
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("learned angle (degrees)")
-    figure.axes[0].annotate("true angle", (0.97, 30), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    figure.axes[0].legend(figure.axes[0].lines[-1:], ["true angle"], loc="lower right", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
