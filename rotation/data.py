@@ -56,6 +56,7 @@ def normalize(images: Tensor) -> Tensor:
 def load(name: str, data_dir: str, device: torch.device) -> tuple[Split, Split, Split]:
     """(training, validation, test), all upright: MNIST 40,000/10,000/10,000, digits 1,000/297/500."""
     if name == "mnist":
+        check_mnist(Path(data_dir))
         images, labels = _mnist(Path(data_dir), train=True)
         test = _mnist(Path(data_dir), train=False)
         parts = [(images[:40_000], labels[:40_000]), (images[50_000:], labels[50_000:]), test]
@@ -76,7 +77,6 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 
 def _mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    check_mnist(root)
     from torchvision.datasets import MNIST
 
     dataset = MNIST(root, train=train, download=True)  # the files are there: this unpacks them if need be, and loads
