@@ -8,10 +8,14 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
+from .baselines import unrolled
+from .hypergradient import hypergradient
 from .measuring import Cost
+from .mixed_mode import mixed_mode
 from .records import append_run, check_writable, environment, write_text
 
 
@@ -22,12 +26,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def experiment_parser(description: str, methods: Sequence[str], data: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser with the flags of every training script."""
+def experiment_parser(
+    description: str, methods: Sequence[str], data: Sequence[str], data_file: str | None = None
+) -> argparse.ArgumentParser:
+    """A parser with the flags of every training script. data_file: suffix of the files that --data takes beside the names."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     parser.add_argument("--method", choices=methods, default="evograd", help="how the hyperparameters are learned")
     parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
-    parser.add_argument("--data", choices=data, default=data[0], help="data set; the first one is embedded and needs no files")
+    names = ", ".join(data) + (f" or FILE{data_file}" if data_file else "")
+    parser.add_argument(
+        "--data",
+        type=_dataset(data, data_file, names),
+        default=data[0],
+        help=f"data set: {names}; {data[0]} is embedded and needs no files",
+    )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the data sets that need files")
     parser.add_argument(
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N"
@@ -49,6 +61,23 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
     group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")
+
+
+def estimators(args: argparse.Namespace) -> dict[str, Callable]:
+    """The methods that learn hyperparameters: functions of (train_loss, val_loss, model, hyperparameters)."""
+    candidates = dict(
+        n_candidates=args.n_candidates,
+        sigma=args.sigma,
+        temperature=args.temperature,
+        common_random_numbers=args.common_random_numbers,
+        inner_lr=args.inner_lr,
+    )
+    return {
+        "evograd": partial(hypergradient, **candidates),
+        "evograd_guided": partial(hypergradient, noise="guided", **candidates),
+        "mixed_mode": partial(mixed_mode, inner_lr=args.inner_lr),
+        "second_order": partial(unrolled, inner_lr=args.inner_lr),
+    }
 
 
 def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, reads: dict[str, tuple[str, ...]]) -> None:
@@ -88,6 +117,15 @@ def finish_comparison(args: argparse.Namespace, experiment: str, config: dict, c
         )
     if args.out:
         append_run(args.out, f"{experiment}_cost", config, methods, {}, args.device)
+
+
+def _dataset(names: Sequence[str], suffix: str | None, accepted: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text in names or (suffix and text.endswith(suffix)):
+            return text
+        raise argparse.ArgumentTypeError(f"{text!r} given; accepted: {accepted}")
+
+    return parse
 
 
 def positive(text: str) -> float:

@@ -16,6 +16,7 @@ import html
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from glob import glob
@@ -32,7 +33,6 @@ COLOURS = {
     "baseline": "#666666",
     "theory": "#D55E00",
 }
-NOT_PART_OF_A_GROUP = ("seed",)
 
 
 @dataclass
@@ -55,35 +55,39 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
     if spec.get("kind") == "cost":
         return _cost_table(spec, runs)
     columns = spec["columns"]
-    with_paper = {value for row in spec["rows"] for value in row.get("paper", {})}
+    across = ("seed", *(key for column in columns for key in column.get("where", {})))  # what runs of one row may differ in
+    with_paper = {key for row in spec["rows"] for key in row.get("paper", {})}
     header = ["Method", "runs"]
     for column in columns:
         header.append(column["label"])
-        if column["value"] in with_paper:
+        if _key(column) in with_paper:
             header.append("published")  # of the column before it
-    rows, shown = [], []
+    rows, shown = [], {}
     for row in spec["rows"]:
-        groups = _groups([run for run in runs if _matches(run["config"], row["match"])]) or [("", [])]
+        groups = _groups([run for run in runs if _matches(run["config"], row["match"])], across) or [("", [])]
         for suffix, group in groups:
-            cells = [row["label"] + suffix, str(len(group)) if group else "not run"]
+            cells, counts = [], []
             for column in columns:
+                mine = [run for run in group if _matches(run["config"], column.get("where", {}))]
+                shown |= {id(run): run for run in mine}
+                counts.append(len(mine))
                 decimals = column.get("decimals", 2)
-                mean, std, _ = mean_std(_value(run, column) for run in group)
+                mean, std, _ = mean_std(_value(run, column) for run in mine)
                 cells.append(_cell(mean, std, decimals))
-                if column["value"] in with_paper:
-                    published = row.get("paper", {}).get(column["value"]) if not suffix else None
+                if _key(column) in with_paper:
+                    published = row.get("paper", {}).get(_key(column)) if not suffix else None
                     cells.append(_cell(published["mean"], published.get("std"), decimals) if published else "–")
-            rows.append(cells)
-            shown += group
-    left = len(runs) - len({id(run) for run in shown})
+            different = dict.fromkeys(map(str, counts))
+            n_runs = "/".join(different if len(different) == 1 else map(str, counts)) if group else "not run"
+            rows.append([row["label"] + suffix, n_runs, *cells])
+    left = len(runs) - len(shown)
     notes = [spec["note"]] if spec.get("note") else []
     if any("±" in cell for cells in rows for cell in cells):
         notes.append("Mean ± sample standard deviation over runs with different seeds.")
     if left:
         notes.append(f"{left} more runs of other settings are in the result files and in no row.")
-    return Table(
-        spec["name"], spec.get("section", spec["experiment"]), spec["title"], header, rows, spec.get("source"), shown, notes
-    )
+    section, source = spec.get("section", spec["experiment"]), spec.get("source")
+    return Table(spec["name"], section, spec["title"], header, rows, source, list(shown.values()), notes)
 
 
 def _cost_table(spec: dict, runs: list[dict]) -> Table:
@@ -101,17 +105,22 @@ def _cost_table(spec: dict, runs: list[dict]) -> Table:
     return Table(spec["name"], spec.get("section", spec["experiment"]), spec["title"], header, rows, None, runs[-1:], notes)
 
 
-def _groups(runs: list[dict]) -> list[tuple[str, list[dict]]]:
-    """Runs of one configuration but for the seed are one row; what sets further rows apart is put behind their label."""
+def _key(column: dict) -> str:
+    """By what name a row's published numbers speak of a column."""
+    return column.get("key", column["value"])
+
+
+def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dict]]]:
+    """Runs of one configuration but for the keys `across` are one row; what sets further rows apart follows their label."""
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run["config"].items() if k not in NOT_PART_OF_A_GROUP}, sort_keys=True)
+        key = json.dumps({k: v for k, v in run["config"].items() if k not in across}, sort_keys=True)
         groups.setdefault(key, []).append(run)
     ordered = sorted(groups.values(), key=len, reverse=True)
     result = []
     for group in ordered:
         usual, this = ordered[0][0]["config"], group[0]["config"]
-        different = [k for k in {**usual, **this} if k not in NOT_PART_OF_A_GROUP and usual.get(k) != this.get(k)]
+        different = [k for k in {**usual, **this} if k not in across and usual.get(k) != this.get(k)]
         result.append(("".join(f", {k} {this.get(k)}" for k in different), group))
     return result
 

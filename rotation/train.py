@@ -9,15 +9,14 @@ and on the upright test images, the angle over training, cost of a step) is appe
 """
 
 import math
-from functools import partial
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import evograd
 from evograd import cli
+from evograd.data import batches
 from evograd.measuring import measure
 from evograd.records import append_run, check_writable, seed_everything
 
@@ -61,37 +60,13 @@ def parse_args(argv=None):
     return args
 
 
-def estimators(args):
-    """Every method is a function of (train_loss, val_loss, model, hyperparameters)."""
-    candidates = dict(
-        n_candidates=args.n_candidates,
-        sigma=args.sigma,
-        temperature=args.temperature,
-        common_random_numbers=args.common_random_numbers,
-        inner_lr=args.inner_lr,
-    )
-    return {
-        "baseline": None,
-        "evograd": partial(evograd.hypergradient, **candidates),
-        "evograd_guided": partial(evograd.hypergradient, noise="guided", **candidates),
-        "mixed_mode": partial(evograd.mixed_mode, inner_lr=args.inner_lr),
-        "second_order": partial(evograd.baselines.unrolled, inner_lr=args.inner_lr),
-    }
-
-
-def batches(n, batch_size, generator):
-    """Indices of random batches of n samples, epoch after epoch; every batch is full."""
-    while True:
-        yield from torch.randperm(n, generator=generator).split(batch_size)[: max(1, n // batch_size)]
-
-
 class Trainer:
     """Model, angle, their optimizers and one step of each: what train and compare both need."""
 
     def __init__(self, args, train, val):
         self.args, self.train = args, train
         self.x_val, self.y_val = rotated(val, TRUE_ANGLE)
-        self.estimator = estimators(args)[args.method]
+        self.estimator = cli.estimators(args).get(args.method)  # none for the baseline
         self.model = lenet().to(args.device)
         self.angle = torch.zeros((), device=args.device, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)

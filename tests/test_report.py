@@ -95,6 +95,23 @@ def test_golden_table(results, tmp_path):
     assert report.to_markdown(report.build_table(SPEC["tables"][0], runs)) == GOLDEN
 
 
+def test_a_column_may_be_of_some_configurations_alone(tmp_path):
+    """One row over noise levels; the row's count of runs names each column's where they differ."""
+    path = tmp_path / "runs.jsonl"
+    for level, accuracies in ((0.0, (95, 97)), (0.4, (60,))):
+        for seed, accuracy in enumerate(accuracies):
+            append_line(path, line("a", seed, accuracy, level=level))
+    columns = [
+        {"value": "metrics.accuracy", "key": f"at {level}", "label": f"noise {level}", "where": {"level": level}, "decimals": 0}
+        for level in (0.0, 0.4)
+    ]
+    row = {"label": "ours", "match": {"method": "a"}, "paper": {"at 0.4": {"mean": 61}}}
+    table = report.build_table({**SPEC["tables"][0], "columns": columns, "rows": [row]}, report.read_runs([path])[0])
+    assert table.header == ["Method", "runs", "noise 0.0", "noise 0.4", "published"]
+    assert table.rows == [["ours", "2/1", "96 ± 1", "60", "61"]]
+    assert len(table.runs) == 3
+
+
 def test_page_is_self_contained(results, tmp_path):
     (tmp_path / "toy_curve.png").write_bytes(b"\x89PNG not really")
     page = make(results, tmp_path)
