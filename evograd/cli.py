@@ -158,6 +158,7 @@ def device(text: str) -> torch.device:
         )
     if value.type == "cuda":
         torch.cuda.set_device(value)  # so that what is measured is measured there
+        torch.backends.cudnn.allow_tf32 = False  # candidates differ in loss by less than TF32 resolves
     return value
 
 

@@ -31,6 +31,7 @@ COLOURS = {
     "mixed_mode": "#009E73",
     "second_order": "#CC79A7",
     "baseline": "#666666",
+    "cross_entropy": "#666666",
     "theory": "#D55E00",
 }
 

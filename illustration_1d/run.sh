@@ -5,10 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+commands() {
+  command_line illustration_1d.train "$@"
+}
 
-run=true
-if [ "${1:-}" = --print ]; then run=false; shift; fi
-command=("$PYTHON" -m illustration_1d.train "$@")
-echo "${command[@]}"
-if $run; then "${command[@]}"; fi
+source resources/run_commands.sh

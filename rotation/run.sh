@@ -8,26 +8,13 @@ cd "$(dirname "$0")/.."
 
 METHODS=${METHODS:-"baseline evograd evograd_guided mixed_mode second_order"}
 SEEDS=${SEEDS:-"1 23 345 4567 56789"}
-JOBS=${JOBS:-1}
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 commands() {
   for method in $METHODS; do
     for seed in $SEEDS; do
-      printf '%q ' "$PYTHON" -m rotation.train --method "$method" --seed "$seed" "$@"
-      echo
+      command_line rotation.train --method "$method" --seed "$seed" "$@"
     done
   done
 }
 
-if [ "${1:-}" = --print ]; then
-  commands "${@:2}"
-elif [ "$JOBS" -gt 1 ]; then
-  export OMP_NUM_THREADS=1 TQDM_DISABLE=1
-  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
-else
-  commands "$@" | while read -r command; do
-    echo "$command"
-    bash -c "$command" < /dev/null
-  done
-fi
+source resources/run_commands.sh

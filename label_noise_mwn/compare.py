@@ -1,0 +1,42 @@
+"""What one step of each method costs at the paper's size, measured side by side: time, FLOPs, peak bytes.
+
+    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--batch-size 100]
+
+A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
+"""
+
+import torch
+
+from evograd import cli
+from evograd.measuring import compare
+from evograd.records import seed_everything
+
+from .data import CIFAR_MEAN, CIFAR_STD, Source, make_task
+from .models import MODELS
+from .train import METHODS, Trainer, parse_args
+
+
+def random_source(n, n_classes=10, size=32):
+    """n training images of random pixels, as many of each class as of the others."""
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+    labels = torch.arange(n) % n_classes
+    return Source(images, labels, images[:n_classes], labels[:n_classes], mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+def main(argv=None):
+    parser = cli.comparison_parser(__doc__)
+    parser.add_argument("--model", choices=list(MODELS), default="resnet32")
+    parser.add_argument("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
+    args = parser.parse_args(argv)
+    seed_everything(1)
+    n_meta = -(-args.batch_size // 10) * 10
+    task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
+    common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--batch-size", str(args.batch_size)]
+    trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in METHODS}
+    steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
+    costs = compare(steps, args.repeats)
+    cli.finish_comparison(args, "label_noise_mwn", {"model": args.model, "batch_size": args.batch_size}, costs)
+
+
+if __name__ == "__main__":
+    main()

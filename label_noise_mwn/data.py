@@ -1,0 +1,311 @@
+"""Images with noisy labels, on the training device: CIFAR, embedded digits or an npz file; noise, split, augmentation."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATASETS = ("digits", "cifar10", "cifar100")
+NOISES = ("flip", "flip2", "unif", "hierarchical", "given")
+CIFAR_MEAN = [value / 255 for value in (125.3, 123.0, 113.9)]
+CIFAR_STD = [value / 255 for value in (63.0, 62.1, 66.7)]
+
+
+@dataclass
+class Source:
+    """A data set as it is published. Images (n, c, h, w), uint8; labels (n,), int64, from 0.
+
+    y_noisy: labels of the training images that are noisy already.  superclasses: (classes,), the superclass of each class.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    y_noisy: Tensor | None = None
+    superclasses: Tensor | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+    @property
+    def n_classes(self) -> int:
+        return int(max(self.y_train.max(), self.y_test.max())) + 1
+
+
+@dataclass
+class Split:
+    """images: (n, c, h, w), uint8.  labels: (n,), what is trained on or tested against.  clean: (n,), the true labels."""
+
+    images: Tensor
+    labels: Tensor
+    clean: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass
+class Task:
+    """Disjoint (train, meta, val) of the training images, and test. Labels of `train` alone are noisy.
+
+    noise_matrix: (classes, classes), probability of the label (column) that an image of a class (row) is given.
+    """
+
+    train: Split
+    meta: Split
+    val: Split
+    test: Split
+    n_classes: int
+    noise_matrix: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 pixels -> float32, mean 0 and standard deviation 1 for each channel."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def augmented(self, images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+        """Crop each image (n, c, h, w) at a place of its own after reflecting `padding` pixels around it, mirror one in two,
+        normalise. One gather for the whole batch, no loop over images."""
+        n, _, h, w = images.shape
+        if not padding and not flip:
+            return self.normalize(images)
+        shift = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator, device=images.device)
+        rows = reflect(torch.arange(h, device=images.device) + shift[0], h)
+        columns = reflect(torch.arange(w, device=images.device) + shift[1], w)
+        if flip:
+            mirror = torch.rand(n, 1, generator=generator, device=images.device) < 0.5
+            columns = torch.where(mirror, columns.flip(1), columns)
+        sample = torch.arange(n, device=images.device)[:, None, None]
+        return self.normalize(images.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Indices outside of [0, size) -> their mirror images inside; the border itself is not repeated."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+def load(name: str, data_dir: str, download: bool = False) -> Source:
+    """One of DATASETS, or an npz file; FileNotFoundError or ValueError that says what is missing."""
+    if name == "digits":
+        return _digits()
+    if name in DATASETS:
+        return _cifar(name, data_dir, download)
+    return _npz(Path(name))
+
+
+def make_task(
+    source: Source,
+    noise: str,
+    level: float,
+    n_meta: int,
+    n_val: int,
+    n_train: int | None,
+    seed: int,
+    device: torch.device | str,
+) -> Task:
+    """Split the training images, n_meta and n_val of them balanced over the classes, and make the labels of the rest noisy.
+
+    Everything follows from the seed. n_train: how many of the rest are used, all if None.
+    """
+    _check_source(source)
+    n_classes = source.n_classes
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(source.y_train), generator=generator)
+    meta, order = _balanced(source.y_train, order, n_meta, n_classes, "--meta-images")
+    val, order = _balanced(source.y_train, order, n_val, n_classes, "--val-images")
+    if len(order) < (n_train or 1):
+        raise ValueError(
+            f"--train-images {n_train or 1}, but {len(order):,} are left of {len(source.y_train):,} "
+            f"after {n_meta} meta and {n_val} validation images"
+        )
+    rest = order[:n_train]
+    clean = source.y_train[rest]
+    if noise == "given":
+        if source.y_noisy is None:
+            raise ValueError("--noise given, but the data have no noisy labels: an npz file with an array y_noisy is needed")
+        labels = source.y_noisy[rest]
+        pairs = torch.bincount(clean * n_classes + labels, minlength=n_classes**2).reshape(n_classes, n_classes).double()
+        matrix = pairs / pairs.sum(1, keepdim=True).clamp_min(1)
+    else:
+        matrix = noise_matrix(noise, level, n_classes, source.superclasses, generator)
+        labels = torch.multinomial(matrix[clean], 1, generator=generator)[:, 0]
+
+    mean, std = source.mean, source.std
+    if mean is None:
+        mean, std = _statistics(source.x_train[rest])
+    channels = [torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (mean, std)]
+
+    def split(index, labels=None):
+        truth = source.y_train[index]
+        parts = (source.x_train[index], truth if labels is None else labels, truth)
+        return Split(*(part.to(device) for part in parts))
+
+    test = Split(*(part.to(device) for part in (source.x_test, source.y_test, source.y_test)))
+    return Task(split(rest, labels), split(meta), split(val), test, n_classes, matrix, *channels)
+
+
+def noise_matrix(noise: str, level: float, n_classes: int, superclasses: Tensor | None, generator: torch.Generator) -> Tensor:
+    """(classes, classes), float64: row i is the distribution of the label of an image of class i.
+
+    unif: with probability `level` a label drawn from all classes.  flip: one other class.  flip2: two other classes, half of
+    `level` each.  hierarchical: the other classes of the same superclass. Which classes, `generator` draws.
+    """
+    if not 0 <= level <= 1:
+        raise ValueError(f"--noise-level {level} given; a number in [0, 1] is accepted")
+    matrix = torch.eye(n_classes, dtype=torch.float64) * (1 - level)
+    if noise == "unif":
+        return matrix + level / n_classes
+    for i in range(n_classes):
+        if noise == "hierarchical":
+            if superclasses is None:
+                raise ValueError(
+                    "--noise hierarchical, but the data have no superclasses; cifar100 has, and an npz file with superclasses"
+                )
+            others = torch.nonzero(superclasses == superclasses[i])[:, 0]
+            others = others[others != i]
+            if not len(others):
+                raise ValueError(f"--noise hierarchical: class {i} is alone in its superclass {int(superclasses[i])}")
+        else:
+            n_others = {"flip": 1, "flip2": 2}[noise]
+            if n_classes <= n_others:
+                raise ValueError(f"--noise {noise} needs at least {n_others + 1} classes; the data have {n_classes}")
+            others = torch.randperm(n_classes - 1, generator=generator)[:n_others]
+            others = others + (others >= i)
+        matrix[i, others] += level / len(others)
+    return matrix
+
+
+def _statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """(mean, standard deviation) of each channel of uint8 images, as values in [0, 1]; exact, from the counts of 256 values."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(channel.reshape(-1).int(), minlength=256) for channel in images.unbind(1)]).double()
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ values
+    return mean.tolist(), (share @ values**2 - mean**2).clamp_min(1e-6).sqrt().tolist()
+
+
+def _balanced(labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str) -> tuple[Tensor, Tensor]:
+    """(n of the indices `order`, the same number of every class; the others)."""
+    if n % n_classes:
+        raise ValueError(f"{flag} {n} given; a multiple of the number of classes, {n_classes}, is accepted")
+    each = n // n_classes
+    chosen = []
+    for c in range(n_classes):
+        mine = order[labels[order] == c]
+        if len(mine) < each:
+            raise ValueError(f"{flag} {n} takes {each} images of each class, but of class {c} there are {len(mine)}")
+        chosen.append(mine[:each])
+    chosen = torch.cat(chosen)
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken[chosen] = True
+    return chosen, order[~taken[order]]
+
+
+def _check_source(source: Source) -> None:
+    """ValueError that names the array that does not fit."""
+    for part in ("train", "test"):
+        x, y = getattr(source, f"x_{part}"), getattr(source, f"y_{part}")
+        if x.dim() != 4 or x.dtype != torch.uint8 or not len(x):
+            raise ValueError(f"x_{part} is {tuple(x.shape)}, {x.dtype}; images (n, channels, h, w) of uint8 are accepted")
+        if y.shape != (len(x),):
+            raise ValueError(f"y_{part} is {tuple(y.shape)}, but x_{part} has {len(x)} images; shape ({len(x)},) is accepted")
+    if source.x_train.shape[1:] != source.x_test.shape[1:]:
+        train, test = tuple(source.x_train.shape[1:]), tuple(source.x_test.shape[1:])
+        raise ValueError(f"x_train has images of {train}, x_test of {test}; they must be of one size")
+    n_classes = int(source.y_train.max()) + 1
+    for name in ("y_train", "y_test", "y_noisy"):
+        y = getattr(source, name)
+        if y is None:
+            continue
+        if y.shape != (len(source.x_test if name == "y_test" else source.x_train),):
+            raise ValueError(f"{name} is {tuple(y.shape)}; one label for each image is accepted")
+        if y.min() < 0 or y.max() >= n_classes:
+            raise ValueError(
+                f"{name} has labels from {int(y.min())} to {int(y.max())}; "
+                f"0 to {n_classes - 1} are accepted, the classes of y_train"
+            )
+    if source.superclasses is not None and source.superclasses.shape != (n_classes,):
+        shape = tuple(source.superclasses.shape)
+        raise ValueError(f"superclasses is {shape}; shape ({n_classes},) is accepted, one for each class")
+
+
+def _digits() -> Source:
+    """scikit-learn's 1,797 digits, 8x8; every third or so (500) is for testing, the same for every seed."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images / 16 * 255).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # writers are in sequence
+    train, test = order[:-500], order[-500:]
+    return Source(images[train], labels[train], images[test], labels[test])
+
+
+def _cifar(name: str, data_dir: str, download: bool) -> Source:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    try:
+        parts = [kind(data_dir, train=train, download=download) for train in (True, False)]
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"no {name} under {data_dir}: {Path(data_dir) / kind.base_folder} is missing or broken. "
+            "Name the folder with --data-dir, or add --download to fetch it into that folder"
+        ) from error
+    images = [torch.tensor(part.data).permute(0, 3, 1, 2) for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    superclasses = None
+    if name == "cifar100":
+        superclasses = _superclasses(Path(data_dir) / kind.base_folder / "train")
+    return Source(images[0], labels[0], images[1], labels[1], superclasses=superclasses, mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+def _superclasses(path: Path) -> Tensor:
+    """(100,): the superclass of each class, as the labels of CIFAR-100's own file pair them."""
+    with open(path, "rb") as file:
+        entry = pickle.load(file, encoding="latin1")  # its md5 sum was checked by torchvision
+    fine, coarse = torch.tensor(entry["fine_labels"]), torch.tensor(entry["coarse_labels"])
+    return torch.zeros(int(fine.max()) + 1, dtype=torch.int64).scatter_(0, fine, coarse)
+
+
+def _npz(path: Path) -> Source:
+    """x_train, y_train, x_test, y_test, and if there are y_noisy and superclasses; images (n, h, w) or (n, h, w, 1 or 3)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with open(path, "rb") as opened, np.load(opened) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole npz file: {error}") from error
+    needed = ("x_train", "y_train", "x_test", "y_test")
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; needed are {', '.join(needed)}, it has {', '.join(arrays)}")
+
+    def images(name):
+        x = arrays[name]
+        x = x[..., None] if x.ndim == 3 else x
+        if x.ndim != 4 or x.shape[-1] not in (1, 3) or x.dtype != np.uint8:
+            accepted = "(n, h, w), (n, h, w, 1) or (n, h, w, 3) of uint8 are accepted"
+            raise ValueError(f"{path}: {name} is {arrays[name].shape}, {arrays[name].dtype}; {accepted}")
+        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+
+    def labels(name):
+        if name not in arrays:
+            return None
+        y = arrays[name]
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+            raise ValueError(f"{path}: {name} is {y.shape}, {y.dtype}; one integer for each image is accepted")
+        return torch.from_numpy(y.astype(np.int64))
+
+    # In the order of the fields of Source.
+    return Source(
+        images("x_train"), labels("y_train"), images("x_test"), labels("y_test"), labels("y_noisy"), labels("superclasses")
+    )

@@ -1,0 +1,89 @@
+"""ResNet-32 and WRN-28-10 for 32x32 images, a small ResNet for 8x8 and 28x28 ones, and the weight net."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut of option A: every second pixel, and zeros for the channels that are new."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n_out)
+        self.stride, self.new_channels = stride, n_out - n_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.new_channels:
+            before = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+        return F.relu(out + x)
+
+
+def resnet(depth: int, n_classes: int, n_channels: int = 3, width: int = 16) -> nn.Module:
+    """The CIFAR ResNet of He et al. (2016), depth 6n + 2: three groups of n blocks, with 1, 2 and 4 times `width` channels."""
+    n = (depth - 2) // 6
+    layers = [nn.Conv2d(n_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    n_in = width
+    for group in range(3):
+        for block in range(n):
+            n_out = width * 2**group
+            layers.append(BasicBlock(n_in, n_out, stride=2 if group and block == 0 else 1))
+            n_in = n_out
+    return _initialized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes)))
+
+
+class WideBlock(nn.Module):
+    """BatchNorm and ReLU before each convolution; a 1x1 convolution as shortcut where the shape changes."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(n_in), nn.BatchNorm2d(n_out)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1, stride, bias=False) if n_in != n_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+def wide_resnet(depth: int, widen: int, n_classes: int, n_channels: int = 3) -> nn.Module:
+    """Zagoruyko and Komodakis (2016), depth 6n + 4, without dropout."""
+    n = (depth - 4) // 6
+    layers: list[nn.Module] = [nn.Conv2d(n_channels, 16, 3, padding=1, bias=False)]
+    n_in = 16
+    for group in range(3):
+        for block in range(n):
+            n_out = 16 * widen * 2**group
+            layers.append(WideBlock(n_in, n_out, stride=2 if group and block == 0 else 1))
+            n_in = n_out
+    layers += [nn.BatchNorm2d(n_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes)]
+    return _initialized(nn.Sequential(*layers))
+
+
+def weight_net() -> nn.Module:
+    """(n, 1) losses of samples -> (n, 1) weights in (0, 1)."""
+    return nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
+
+
+MODELS = {  # functions of (number of classes, number of image channels)
+    "resnet32": lambda n_classes, n_channels: resnet(32, n_classes, n_channels),
+    "wrn28_10": lambda n_classes, n_channels: wide_resnet(28, 10, n_classes, n_channels),
+    "small": lambda n_classes, n_channels: resnet(8, n_classes, n_channels, width=8),
+}
+
+
+def _initialized(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model

@@ -1,0 +1,153 @@
+"""Figures from result lines: python -m label_noise_mwn.plot [FILE.jsonl …] [--out-dir DIR]
+
+For each data set: test accuracy over epochs by method, one panel for each noise; the learned weight over the loss at several
+epochs; the weights of clean and of noisy samples at the end of training.
+"""
+
+import argparse
+import statistics
+from glob import glob
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from evograd.records import read_runs
+from evograd.report import COLOURS
+
+TITLES = {
+    "cross_entropy": "cross-entropy",
+    "evograd": "EvoGrad",
+    "evograd_guided": "EvoGrad, guided",
+    "mixed_mode": "mixed mode",
+    "second_order": "T1–T2 (higher)",
+}
+
+
+def panels(n, width=3.0, height=3.0):
+    figure, axes = plt.subplots(
+        1, n, figsize=(max(width * n, 4.5), height), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    return figure, axes[0]
+
+
+def noise_of(config):
+    level = "" if config["noise_level"] is None else f" {100 * config['noise_level']:.0f} %"
+    return f"{config['noise']}{level}"
+
+
+def plot_accuracy(runs, path):
+    """One panel for each noise, one line for each method: mean over seeds, with mean ± standard deviation as a band."""
+    noises = list(dict.fromkeys(noise_of(run["config"]) for run in runs))
+    figure, axes = panels(len(noises))
+    for axis, noise in zip(axes, noises):
+        for method, title in TITLES.items():
+            mine = [r["metrics"] for r in runs if r["config"]["method"] == method and noise_of(r["config"]) == noise]
+            if not mine:
+                continue
+            epochs = range(1, len(mine[0]["test_accuracy"]) + 1)
+            values = list(zip(*(metrics["test_accuracy"] for metrics in mine)))
+            mean = [statistics.fmean(v) for v in values]
+            axis.plot(epochs, mean, color=COLOURS[method], lw=1.5, label=title)
+            if len(mine) > 1:
+                spread = [statistics.stdev(v) for v in values]
+                axis.fill_between(
+                    epochs,
+                    [m - s for m, s in zip(mean, spread)],
+                    [m + s for m, s in zip(mean, spread)],
+                    color=COLOURS[method],
+                    alpha=0.15,
+                    lw=0,
+                )
+        axis.set_title(f"{noise} noise", fontsize=10)
+        axis.set_xlabel("epoch")
+    axes[0].set_ylabel("test accuracy (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def plot_weights(runs, path):
+    """One panel for each method (its first seed at the highest noise): weight over loss, one curve for each recorded epoch."""
+    figure, axes = panels(len(runs))
+    for axis, run in zip(axes, runs):
+        metrics = run["metrics"]
+        curves = metrics["weight_curves"]
+        for i, (epoch, curve) in enumerate(curves.items()):
+            shade = plt.get_cmap("viridis_r")(0.1 + 0.9 * i / max(1, len(curves) - 1))
+            axis.plot(metrics["weight_losses"], curve, color=shade, lw=1.5, label=f"epoch {epoch}" if int(epoch) else "start")
+        axis.set_title(TITLES[run["config"]["method"]], fontsize=10)
+        axis.set_xlabel("loss of the sample")
+        axis.set_ylim(-0.03, 1.03)
+    axes[0].set_ylabel("learned weight")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def plot_histograms(runs, path):
+    """One panel for each method (its first seed at the highest noise): shares of clean and of noisy samples by weight."""
+    figure, axes = panels(len(runs))
+    for axis, run in zip(axes, runs):
+        for part, colour in (("clean", "#0072B2"), ("noisy", "#D55E00")):
+            counts = run["metrics"][f"weights_{part}"]
+            edges = [i / len(counts) for i in range(len(counts) + 1)]
+            shares = [100 * count / max(1, sum(counts)) for count in counts]
+            axis.stairs(shares, edges, color=colour, fill=True, alpha=0.45, label=f"{part} labels")
+            axis.stairs(shares, edges, color=colour, lw=1)
+        auc = run["metrics"]["weight_auc"]
+        axis.set_title(TITLES[run["config"]["method"]] + ("" if auc is None else f"\nAUC {auc:.2f}"), fontsize=10)
+        axis.set_xlabel("learned weight")
+    axes[0].set_ylabel("samples (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(f"figure: {path}")
+
+
+def usual(runs):
+    """The runs of the settings that most runs of their method and noise have: one line a method in each panel."""
+    groups = {}
+    for run in runs:
+        config = run["config"]
+        key = tuple(sorted((k, str(v)) for k, v in config.items() if k != "seed"))
+        groups.setdefault((config["method"], config["noise"], config["noise_level"]), {}).setdefault(key, []).append(run)
+    return [run for settings in groups.values() for run in max(settings.values(), key=len)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", default=sorted(glob("label_noise_mwn/results/*.jsonl")), help="result files")
+    parser.add_argument("--out-dir", type=Path, default=Path("label_noise_mwn/results"), help="folder of the figures")
+    args = parser.parse_args(argv)
+    missing = [name for name in args.results if not Path(name).is_file()]
+    if missing:
+        parser.error(f"no such file: {', '.join(missing)}")
+    if not args.results:
+        parser.error("no result files in label_noise_mwn/results: run the experiment first, or name the files")
+    runs, broken = read_runs(args.results)
+    for line in broken:
+        print(f"left out: {line}")
+    runs = usual([run for run in runs if run["experiment"] == "label_noise_mwn"])
+    runs.sort(key=lambda run: (run["config"]["noise"], run["config"]["noise_level"] or 0, run["config"]["seed"]))
+    for data in dict.fromkeys(run["config"]["data"] for run in runs):
+        mine = [run for run in runs if run["config"]["data"] == data]
+        plot_accuracy(mine, args.out_dir / f"label_noise_mwn_accuracy_{data}.png")
+        last = noise_of(mine[-1]["config"])
+        with_weights = [run for run in mine if "weight_curves" in run["metrics"] and noise_of(run["config"]) == last]
+        first = {run["config"]["method"]: run for run in reversed(with_weights)}  # of each method, the first seed
+        chosen = [first[method] for method in TITLES if method in first]
+        if chosen:
+            plot_weights(chosen, args.out_dir / f"label_noise_mwn_weights_{data}.png")
+            plot_histograms(chosen, args.out_dir / f"label_noise_mwn_histograms_{data}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Learn from noisy labels: a weight net gives each sample its weight by its loss, and is learned on a few clean images.
+
+    python -m label_noise_mwn.train --method evograd_guided                             embedded digits, under a minute on a CPU
+    python -m label_noise_mwn.train --method evograd --data cifar10 --data-dir DIR      the paper's
+    python -m label_noise_mwn.train --method evograd --data FILE.npz                    arrays x_train, y_train, x_test, y_test,
+                                                                                        and y_noisy for --noise given
+
+Meta-Weight-Net (Shu et al., NeurIPS 2019): the training loss is a weighted mean over the batch, with weights from a net of one
+hidden layer whose input is the sample's loss. Its parameters are the hyperparameters λ; the validation loss of the bilevel
+problem is that of the clean meta images. The record of the run (accuracies over epochs, weights of clean and of noisy samples,
+noise as it was drawn, cost of a step) is appended to --out as one JSON line.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.optim.lr_scheduler import MultiStepLR
+from tqdm import tqdm
+
+import evograd
+from evograd import cli
+from evograd.data import batches
+from evograd.measuring import measure
+from evograd.quality import agreement
+from evograd.records import append_run, check_writable, seed_everything
+
+from .data import DATASETS, NOISES, load, make_task
+from .models import MODELS, weight_net
+
+METHODS = ("cross_entropy", "evograd", "evograd_guided", "mixed_mode", "second_order")
+CIFAR = dict(
+    model="resnet32", epochs=60, meta_images=1000, val_images=1000, lr=0.1, crop_padding=4, flip=True,
+    meta_optimizer="sgd", meta_lr=1e-3,
+)  # fmt: skip
+DIGITS = dict(
+    model="small", epochs=60, meta_images=100, val_images=100, lr=0.05, crop_padding=1, flip=False,
+    meta_optimizer="adam", meta_lr=3e-3,
+)  # fmt: skip
+# τ. Guided candidates lie σ√P from the model in the one direction that matters: with the paper's τ the softmax saturates.
+TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
+# The weight net's input: each candidate's own losses, as in the authors' code, or those of the model for all candidates.
+WEIGHT_INPUT = {"evograd": "candidate", "evograd_guided": "model", "mixed_mode": "model", "second_order": "model"}
+# These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
+# really made, which costs one copy of the parameters and no computation.
+LOOKAHEAD = ("evograd_guided", "mixed_mode")
+META = ("meta_every", "meta_optimizer", "meta_lr", "normalize_weights", "log_quality", "inner_lr")
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "weight_input")
+READS = {
+    "cross_entropy": (),
+    "evograd": META + CANDIDATES,
+    "evograd_guided": META + CANDIDATES,
+    "mixed_mode": META,
+    "second_order": META,
+}
+MOMENTUM = dict(momentum=0.9, nesterov=True, weight_decay=5e-4)  # of the model's SGD and of the weight net's
+LOSS_GRID = torch.linspace(0, 10, 101)  # at which the learned weight is recorded
+
+
+def parse_args(argv=None):
+    parser = cli.experiment_parser(__doc__, METHODS, DATASETS, data_file=".npz")
+    add = parser.add_argument
+    add("--download", action="store_true", help="fetch the data set into --data-dir if it is not there")
+    add("--noise", choices=NOISES, default="flip", help="how training labels are made wrong; given: they are (y_noisy)")
+    add("--noise-level", type=float, metavar="P", help="probability in [0, 1]; default: 0.4")
+    add("--train-images", type=cli.at_least(1), metavar="N", help="use N noisy training images; default: all that are left")
+    add("--meta-images", type=cli.at_least(1), metavar="N", help="clean images for the weight net; default: 1000, digits 100")
+    add("--val-images", type=cli.at_least(1), metavar="N", help="clean images that choose the best epoch; default: likewise")
+    add("--model", choices=list(MODELS), help="default: resnet32, digits small (a ResNet-8 of 8, 16, 32 channels)")
+    add("--epochs", type=cli.at_least(1), help="default: 60; the rate is divided by 10 after 2/3 and after 5/6 of them")
+    add("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
+    add("--lr", type=cli.positive, help="of the model's SGD (Nesterov 0.9, weight decay 5e-4); default: 0.1, digits 0.05")
+    add("--crop-padding", type=cli.at_least(0), metavar="N", help="reflected pixels around a random crop; default: 4, digits 1")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror one image in two; default: all data but digits")
+    add("--amp", action="store_true", help="bfloat16 autocast in the ordinary step; hypergradients stay in float32")
+    add("--channels-last", action="store_true", help="memory format of images and model")
+    add("--compile", action="store_true", help="torch.compile the model in the ordinary step")
+    group = parser.add_argument_group("weight net")
+    add = group.add_argument
+    add("--meta-every", type=cli.at_least(1), default=1, metavar="N", help="one meta-update every N steps")
+    add("--meta-optimizer", choices=("sgd", "adam"), help="default: sgd (momentum and decay as the model's), digits adam")
+    add("--meta-lr", type=cli.positive, help="default: 1e-3, digits 3e-3")
+    add("--weight-input", choices=("candidate", "model"), help="whose losses the weight net sees; default: by method")
+    add("--normalize-weights", action=argparse.BooleanOptionalAction, default=True, help="divide weights by their sum")
+    add("--log-quality", type=cli.at_least(1), metavar="N", help="every N steps compare the estimators with exact T1-T2")
+    cli.add_evograd_arguments(parser)
+    args = parser.parse_args(argv)
+
+    cli.refuse_unread(parser, args, READS)
+    if args.noise == "given" and args.noise_level is not None:
+        parser.error("--noise-level given, but with --noise given the labels are noisy already")
+    if args.noise != "given" and args.noise_level is None:
+        args.noise_level = 0.4
+    for name, value in (DIGITS if args.data == "digits" else CIFAR).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.temperature = args.temperature or TEMPERATURE.get(args.method)
+    args.weight_input = args.weight_input or WEIGHT_INPUT.get(args.method)
+    args.out = args.out or f"label_noise_mwn/results/{data_name(args)}.jsonl"
+    return args
+
+
+def data_name(args):
+    """The data set's name, or that of the npz file without its folder."""
+    return Path(args.data).stem
+
+
+class Trainer:
+    """Model, weight net, their optimizers and one step of each: what train and compare both need."""
+
+    def __init__(self, args, task):
+        self.args, self.task = args, task
+        self.estimator = cli.estimators(args).get(args.method)  # none for cross_entropy
+        self.format = torch.channels_last if args.channels_last else torch.contiguous_format
+        with args.device:
+            self.model = MODELS[args.model](task.n_classes, task.train.images.shape[1])
+            self.weight_net = weight_net()  # for every method, so that all have the same random numbers from here on
+        if args.channels_last:
+            self.model = self.model.to(memory_format=self.format)
+        self.ordinary = torch.compile(self.model) if args.compile else self.model  # the same parameters
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=args.lr, **MOMENTUM)
+        if args.meta_optimizer == "sgd":
+            self.meta_optimizer = torch.optim.SGD(self.weight_net.parameters(), lr=args.meta_lr, **MOMENTUM)
+        else:
+            self.meta_optimizer = torch.optim.Adam(self.weight_net.parameters(), lr=args.meta_lr)
+        # Their own generators, on the device: every method sees the same batches, and no index has to be sent there.
+        self.random = torch.Generator(args.device).manual_seed(args.seed)
+        self.meta_random = torch.Generator(args.device).manual_seed(args.seed + 1)
+        self.train_batches = batches(len(task.train), args.batch_size, self.random)
+        self.meta_batches = batches(len(task.meta), args.batch_size, self.meta_random)
+        self.n_steps, self.quality = 0, []
+
+    def batch(self, split, index, generator):
+        images = self.task.augmented(split.images[index], self.args.crop_padding, self.args.flip, generator)
+        return images.contiguous(memory_format=self.format), split.labels[index]
+
+    def weighted_mean(self, losses, inputs):
+        """Σ v_i ℓ_i / Σ v_i over the batch, with weights v of the weight net at `inputs`, losses that are held constant."""
+        if self.estimator is None:
+            return losses.mean()
+        weights = self.weight_net(inputs.detach().unsqueeze(1)).squeeze(1)
+        total = weights.sum().clamp_min(1e-8) if self.args.normalize_weights else len(losses)
+        return (weights * losses).sum() / total
+
+    def step(self):
+        """One update of the weight net (if it is its turn) and one of the model. Returns the training loss."""
+        args = self.args
+        x, y = self.batch(self.task.train, next(self.train_batches), self.random)
+        x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
+        meta_turn = self.estimator is not None and self.n_steps % args.meta_every == 0
+        log_quality = args.log_quality and self.n_steps % args.log_quality == 0
+        # The paper's order is the weight net first. With weight_input "model" the model comes first: its step has the losses
+        # that the weight net needs, and shows where θ goes.
+        model_first = meta_turn and args.weight_input == "model" and args.method != "second_order"
+        model_first = model_first or (meta_turn and args.method in LOOKAHEAD)
+
+        def train_loss(model, inputs=None):
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            return self.weighted_mean(losses, losses if inputs is None else inputs)
+
+        def val_loss(model):
+            return F.cross_entropy(model(x_meta), y_meta)
+
+        if meta_turn and not model_first:
+            self.meta_step(train_loss, val_loss)
+
+        if model_first or log_quality:
+            before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.optimizer.zero_grad()
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            logits = self.ordinary(x)
+        losses = F.cross_entropy(logits.float(), y, reduction="none")
+        loss = self.weighted_mean(losses, losses)
+        loss.backward(inputs=list(self.model.parameters()))
+        self.optimizer.step()
+
+        if log_quality:
+            self.quality.append(self.measure_quality(train_loss, val_loss, before, losses.detach()))
+        if model_first:
+            known = losses.detach()
+            closure = (lambda model: train_loss(model, known)) if args.weight_input == "model" else train_loss
+            around = {"parameters": before}
+            if args.method in LOOKAHEAD:
+                around["lookahead"] = dict(self.model.named_parameters())
+            self.meta_step(closure, val_loss, **around)
+        self.n_steps += 1
+        return loss.detach()
+
+    def meta_step(self, train_loss, val_loss, **around):
+        """The weight net's update. EvoGrad as in the paper has its own scale; T1-T2 looks ahead by the model's current rate."""
+        inner_lr = self.args.inner_lr or (None if self.args.method == "evograd" else self.lr)
+        result = self.estimator(
+            train_loss, val_loss, self.model, list(self.weight_net.parameters()), inner_lr=inner_lr, **around
+        )
+        for p, gradient in zip(self.weight_net.parameters(), result.grads):
+            p.grad = gradient
+        self.meta_optimizer.step()
+
+    @property
+    def lr(self):
+        return self.optimizer.param_groups[0]["lr"]
+
+    def measure_quality(self, train_loss, val_loss, theta, losses):
+        """Agreement of each estimate at `theta`, before the model's step, with T1-T2 by `higher` on the same batches."""
+        known, own = (lambda model: train_loss(model, losses)), train_loss
+        made = dict(self.model.named_parameters())
+        problem = (val_loss, self.model, list(self.weight_net.parameters()))
+        common = dict(parameters=theta, inner_lr=self.lr)
+        guided = dict(noise="guided", temperature=TEMPERATURE["evograd_guided"], sigma=self.args.sigma, **common)
+        with torch.random.fork_rng(devices=[args_device] if (args_device := self.args.device).type == "cuda" else []):
+            exact = evograd.baselines.unrolled(own, *problem, **common)
+            estimates = {
+                "evograd_k2": evograd.hypergradient(own, *problem, **common),
+                "evograd_k10": evograd.hypergradient(own, *problem, n_candidates=10, **common),
+                "evograd_k2_model": evograd.hypergradient(known, *problem, **common),
+                "evograd_k10_model": evograd.hypergradient(known, *problem, n_candidates=10, **common),
+                "guided": evograd.hypergradient(known, *problem, **guided),
+                "guided_sgd": evograd.hypergradient(known, *problem, lookahead="sgd", **guided),
+                "guided_made": evograd.hypergradient(known, *problem, lookahead=made, **guided),
+                "guided_made_candidate": evograd.hypergradient(own, *problem, lookahead=made, **guided),
+                "mixed_sgd": evograd.mixed_mode(own, *problem, lookahead="sgd", **common),
+                "mixed_made": evograd.mixed_mode(own, *problem, lookahead=made, **common),
+            }
+        return {"step": self.n_steps, **{name: agreement(e.grads, exact.grads) for name, e in estimates.items()}}
+
+
+@torch.no_grad()
+def losses_and_accuracy(model, task, split):
+    """((n,) losses, per cent of correct labels), in eval mode and without augmentation."""
+    model.eval()
+    losses, correct = [], 0
+    for images, labels in zip(split.images.split(1000), split.labels.split(1000)):
+        logits = model(task.normalize(images))
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        correct += (logits.argmax(1) == labels).sum()
+    model.train()
+    return torch.cat(losses), 100 * correct.item() / len(split)
+
+
+@torch.no_grad()
+def learned_weights(net: nn.Module, losses):
+    return net(losses.unsqueeze(1)).squeeze(1)
+
+
+def describe_weights(net, losses, noisy):
+    """How the weights tell clean samples from noisy ones: area under the ROC curve, histograms over [0, 1]."""
+    weights = learned_weights(net, losses).cpu()
+    noisy = noisy.cpu()
+    both = noisy.any() and not noisy.all()
+    return {
+        "weight_auc": float(roc_auc_score((~noisy).numpy(), weights.numpy())) if both else None,
+        "weights_clean": torch.histc(weights[~noisy], 25, 0, 1).long(),
+        "weights_noisy": torch.histc(weights[noisy], 25, 0, 1).long(),
+    }
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with cli.exit_on_bad_input():
+        check_writable(args.out)
+        source = load(args.data, args.data_dir, args.download)
+        task = make_task(
+            source, args.noise, args.noise_level, args.meta_images, args.val_images, args.train_images, args.seed, args.device
+        )
+    seed_everything(args.seed)
+    trainer = Trainer(args, task)
+    scheduler = MultiStepLR(trainer.optimizer, [round(args.epochs * 2 / 3), round(args.epochs * 5 / 6)])
+
+    steps_an_epoch = max(1, len(task.train) // args.batch_size)
+    label = f"label noise {data_name(args)} {args.noise} {args.noise_level} {args.method} seed {args.seed}"
+    curves = {"train_loss": [], "val_accuracy": [], "test_accuracy": []}
+    weight_curves = {0: learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))}
+    kept_epochs = {round(args.epochs * part) for part in (0.1, 0.25, 0.5, 1)}
+    start = perf_counter()
+    progress = tqdm(total=args.epochs * steps_an_epoch, desc=label, unit="step", mininterval=1)
+    for epoch in range(1, args.epochs + 1):
+        losses = []  # tensors on the device, read when the epoch is done
+        for _ in range(steps_an_epoch):
+            losses.append(trainer.step())
+            progress.update()
+        scheduler.step()
+        curves["train_loss"].append(torch.stack(losses).mean().item())
+        for part in ("val", "test"):
+            curves[f"{part}_accuracy"].append(losses_and_accuracy(trainer.model, task, getattr(task, part))[1])
+        progress.set_postfix({name: f"{values[-1]:.2f}" for name, values in curves.items()})
+        if epoch in kept_epochs:
+            weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
+    progress.close()
+    seconds = perf_counter() - start
+
+    best = max(range(args.epochs), key=lambda epoch: curves["val_accuracy"][epoch])
+    noisy = task.train.labels != task.train.clean
+    metrics = {
+        "test_accuracy_last": curves["test_accuracy"][-1],
+        "test_accuracy_best": curves["test_accuracy"][best],  # of the epoch that the validation images choose
+        "best_epoch": best + 1,
+        **curves,
+        "noise_rate": noisy.double().mean(),
+        # Row by row, the labels that a class is given with what probability; those that are zero left out.
+        "noise_matrix": [
+            {j: round(p, 6) for j, p in enumerate(row) if p > 0} for row in task.noise_matrix.tolist()
+        ],
+    }  # fmt: skip
+    if trainer.estimator is not None:
+        metrics |= describe_weights(trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train)[0], noisy)
+        metrics["weight_losses"] = [round(value, 3) for value in LOSS_GRID.tolist()]
+        metrics["weight_curves"] = {e: [round(w, 4) for w in curve.tolist()] for e, curve in weight_curves.items()}
+        if args.log_quality:
+            metrics["quality"] = trainer.quality
+            names = [name for name in trainer.quality[0] if name != "step"]
+            metrics["cosine"] = {n: fmean(entry[n]["cosine"] for entry in trainer.quality) for n in names}
+    args.log_quality = None  # what follows is the step's own cost
+    step_cost = measure(trainer.step, repeats=5, warmup=1)  # after the training, whose result is taken
+    cost = {"seconds": seconds, "seconds_per_step": step_cost.seconds}
+    cost |= {"peak_bytes": step_cost.peak_bytes, "flops": step_cost.flops}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download", "log_quality")}
+    append_run(args.out, "label_noise_mwn", {**config, "data": data_name(args)}, metrics, cost, args.device)
+    auc = metrics.get("weight_auc")
+    result = (
+        f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {metrics['test_accuracy_best']:.2f} % at the best"
+    )
+    result += f" epoch ({best + 1})" + ("" if auc is None else f", area under the ROC curve of the weights {auc:.3f}")
+    print(f"{label}: {result}, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""The label-noise experiment: data and noise, models, every method tiny, and bad input."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import evograd
+from label_noise_mwn import compare, data, plot, train
+from label_noise_mwn.data import Source, load, make_task, noise_matrix, reflect
+from label_noise_mwn.models import MODELS, resnet, wide_resnet
+
+CPU = torch.device("cpu")
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+
+def task(noise="flip", level=0.4, n_meta=30, n_val=30, n_train=None, seed=1, source=None):
+    return make_task(source or load("digits", ""), noise, level, n_meta, n_val, n_train, seed, CPU)
+
+
+def numbered(n=600, n_classes=6):
+    """Images that carry their own number in two pixels."""
+    number = torch.arange(n)
+    images = torch.zeros(n, 1, 8, 8, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = number % 256, number // 256
+    return Source(images, number % n_classes, images[:12], number[:12] % n_classes, superclasses=torch.arange(n_classes) // 3)
+
+
+def numbers(split):
+    return split.images[:, 0, 0, 0].int() + 256 * split.images[:, 0, 0, 1].int()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 77])
+def test_meta_validation_and_training_images_are_disjoint_for_every_seed(seed):
+    made = task(n_meta=60, n_val=30, seed=seed, source=numbered())
+    parts = [set(numbers(split).tolist()) for split in (made.train, made.meta, made.val)]
+    assert [len(part) for part in parts] == [510, 60, 30]
+    assert len(set.union(*parts)) == 600
+    for split in (made.meta, made.val):
+        assert len(set(torch.bincount(split.labels, minlength=6).tolist())) == 1  # balanced
+        assert torch.equal(split.labels, split.clean)
+    assert torch.equal(made.train.clean, numbers(made.train).long() % 6)  # labels stay with their images
+
+
+def test_everything_follows_from_the_seed():
+    first, again, other = (task(seed=seed, source=numbered()) for seed in (5, 5, 6))
+    assert torch.equal(first.train.labels, again.train.labels) and torch.equal(numbers(first.meta), numbers(again.meta))
+    assert torch.equal(first.noise_matrix, again.noise_matrix)
+    assert not torch.equal(numbers(first.meta), numbers(other.meta))
+    assert not torch.equal(first.noise_matrix, other.noise_matrix)
+
+
+def test_noise_matrices():
+    superclasses = torch.tensor([0, 0, 0, 1, 1, 1])
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        flip = noise_matrix("flip", 0.4, 6, None, generator)
+        assert torch.equal((flip == 0.4).sum(1), torch.ones(6).long())
+        torch.testing.assert_close(flip.diagonal(), torch.full((6,), 0.6).double())
+        flip2 = noise_matrix("flip2", 0.4, 6, None, generator)
+        assert torch.equal((flip2 == 0.2).sum(1), torch.full((6,), 2))
+        hierarchical = noise_matrix("hierarchical", 0.4, 6, superclasses, generator)
+        torch.testing.assert_close(hierarchical[4], torch.tensor([0, 0, 0, 0.2, 0.6, 0.2]).double())
+        unif = noise_matrix("unif", 0.4, 10, None, generator)
+        assert unif[3, 3].item() == pytest.approx(0.64) and unif[3, 4].item() == pytest.approx(0.04)
+        for matrix in (flip, flip2, hierarchical, unif):
+            torch.testing.assert_close(matrix.sum(1), torch.ones(len(matrix)).double())
+    assert torch.equal(noise_matrix("flip", 0.0, 4, None, torch.Generator()), torch.eye(4).double())
+
+
+@pytest.mark.parametrize(("noise", "rate"), [("flip", 0.4), ("flip2", 0.4), ("unif", 0.36), ("hierarchical", 0.4)])
+def test_realised_noise(noise, rate):
+    n = 20_000
+    images, labels = torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(n) % 10
+    source = Source(images, labels, images[:10], labels[:10], superclasses=torch.arange(10) // 2)
+    made = task(noise, source=source)
+    wrong = made.train.labels != made.train.clean
+    assert wrong.double().mean().item() == pytest.approx(rate, abs=0.015)
+    of_class = torch.bincount(made.train.labels[made.train.clean == 3], minlength=10) / (made.train.clean == 3).sum()
+    torch.testing.assert_close(of_class.double(), made.noise_matrix[3], atol=0.05, rtol=0)
+
+
+def test_labels_that_are_noisy_already():
+    source = numbered()
+    source.y_noisy = (source.y_train + (torch.arange(600) % 4 == 0)) % 6
+    made = task("given", None, source=source, n_meta=6, n_val=6)
+    assert torch.equal(made.train.labels, source.y_noisy[numbers(made.train).long()])
+    assert (made.train.labels != made.train.clean).double().mean().item() == pytest.approx(0.25, abs=0.01)
+    torch.testing.assert_close(made.noise_matrix.sum(1), torch.ones(6).double())
+    assert made.noise_matrix[0, 2] == 0 < made.noise_matrix[0, 1]
+
+
+def test_augmentation_is_a_crop_of_the_reflected_image_for_each_sample():
+    assert reflect(torch.arange(-2, 6), 4).tolist() == [2, 1, 0, 1, 2, 3, 2, 1]
+    made = task()
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    out = made.augmented(images, 2, True, torch.Generator().manual_seed(0))
+    padded = F.pad(images.float(), (2, 2, 2, 2), mode="reflect")
+    seen = set()
+    for i in range(64):
+        crops = {(y, x): padded[i : i + 1, :, y : y + 8, x : x + 8] for y in range(5) for x in range(5)}
+        crops |= {(y, x, "mirrored"): crop.flip(3) for (y, x), crop in crops.items()}
+        found = [place for place, crop in crops.items() if torch.equal(made.normalize(crop)[0], out[i])]
+        assert found, i
+        seen.update(found)
+    assert len(seen) > 30  # of 50: a draw for each sample
+    plain = made.augmented(images, 0, False, torch.Generator())
+    torch.testing.assert_close(plain, (images / 255 - made.mean) / made.std)
+
+
+def test_normalised_images_have_mean_zero_and_deviation_one():
+    made = task()
+    pixels = made.normalize(made.train.images)
+    assert pixels.mean().item() == pytest.approx(0, abs=1e-4) and pixels.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def write_npz(path, **changes):
+    random = np.random.default_rng(0)
+    arrays = {
+        "x_train": random.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8),
+        "y_train": np.arange(120) % 4,
+        "x_test": random.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8),
+        "y_test": np.arange(20) % 4,
+    } | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return str(path)
+
+
+def test_npz(tmp_path):
+    source = load(write_npz(tmp_path / "set.npz", y_noisy=np.ones(120, int), superclasses=np.array([0, 0, 1, 1])), "")
+    assert source.x_train.shape == (120, 3, 8, 8) and source.x_train.dtype == torch.uint8
+    assert source.n_classes == 4 and source.superclasses.tolist() == [0, 0, 1, 1]
+    grey = load(
+        write_npz(tmp_path / "grey.npz", x_train=np.zeros((120, 8, 8), np.uint8), x_test=np.zeros((20, 8, 8), np.uint8)), ""
+    )
+    assert grey.x_test.shape == (20, 1, 8, 8)
+
+
+def test_cifar_is_read_from_torchvision(tmp_path, monkeypatch):
+    """Superclasses are those that CIFAR-100's own file pairs with its labels."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for part, n in (("train", 300), ("test", 100)):
+        entry = {"data": np.zeros((n, 3072), np.uint8), "fine_labels": [i % 100 for i in range(n)],
+                 "coarse_labels": [i % 100 // 5 for i in range(n)]}  # fmt: skip
+        (folder / part).write_bytes(pickle.dumps(entry))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    source = load("cifar100", str(tmp_path))
+    assert source.x_train.shape == (300, 3, 32, 32) and source.n_classes == 100
+    assert torch.equal(source.superclasses, torch.arange(100) // 5)
+    assert source.mean == data.CIFAR_MEAN
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_parameter_counts_and_shapes():
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    assert count(resnet(32, 10)) == 464_154  # He et al.: 0.46 million
+    with FakeTensorMode():
+        wide = wide_resnet(28, 10, 10)
+        assert count(wide) == 36_479_194  # Zagoruyko and Komodakis: 36.5 million
+        assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    small = MODELS["small"](10, 1)
+    for size in (8, 28):
+        assert small(torch.zeros(2, 1, size, size)).shape == (2, 10)
+
+
+# --- the step ----------------------------------------------------------------------------------------------------------
+
+
+def trainer(method, *arguments):
+    args = train.parse_args(["--method", method, "--device", "cpu", *arguments])
+    torch.manual_seed(0)
+    return train.Trainer(args, task())
+
+
+def test_weights_are_divided_by_their_sum():
+    learner = trainer("evograd")
+    learner.weight_net = nn.Sequential(nn.Linear(1, 1))
+    nn.init.ones_(learner.weight_net[0].weight), nn.init.zeros_(learner.weight_net[0].bias)
+    losses = torch.tensor([1.0, 3.0])
+    assert learner.weighted_mean(losses, torch.tensor([3.0, 1.0])).item() == pytest.approx((3 * 1 + 1 * 3) / 4)
+    learner.args.normalize_weights = False
+    assert learner.weighted_mean(losses, torch.tensor([3.0, 1.0])).item() == pytest.approx((3 * 1 + 1 * 3) / 2)
+    leaf = losses.clone().requires_grad_()
+    learner.weighted_mean(leaf, leaf).backward()
+    assert leaf.grad.tolist() == [0.5, 1.5]  # the input is held constant
+
+
+def hypergradient_calls(learner, monkeypatch):
+    """What each meta-step was given, and the parameters at that time."""
+    calls = []
+
+    def estimator(train_loss, val_loss, model, hyperparameters, **settings):
+        here = {n: p.detach().clone() for n, p in model.named_parameters()}
+        calls.append({"train_loss": train_loss, "here": here, **settings})
+        grads = [torch.ones_like(h) for h in hyperparameters]
+        return evograd.Hypergradient(grads, torch.zeros(()), torch.zeros(1), torch.ones(1))
+
+    learner.estimator = estimator
+    return calls
+
+
+def test_order_of_the_updates(monkeypatch):
+    """The paper's EvoGrad and T1-T2 come before the model's update; guided and mixed mode look at the step really made."""
+    for method in train.METHODS[1:]:
+        learner = trainer(method)
+        calls = hypergradient_calls(learner, monkeypatch)
+        start = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
+        learner.step()
+        (call,) = calls
+        moved = not torch.equal(call["here"]["0.weight"], start["0.weight"])
+        assert moved == (method in train.LOOKAHEAD)
+        if method in train.LOOKAHEAD:
+            assert all(torch.equal(call["parameters"][name], p) for name, p in start.items())
+            assert all(call["lookahead"][name] is p for name, p in learner.model.named_parameters())
+        assert call["inner_lr"] == (None if method == "evograd" else 0.05)
+
+
+def test_weight_input_of_the_model_is_the_same_for_all_candidates(monkeypatch):
+    for method, extra, same in (
+        ("evograd", (), False),
+        ("evograd", ("--weight-input", "model"), True),
+        ("evograd_guided", (), True),
+        ("evograd_guided", ("--weight-input", "candidate"), False),
+    ):
+        learner = trainer(method, *extra)
+        calls = hypergradient_calls(learner, monkeypatch)
+        seen = []
+        weighted_mean = learner.weighted_mean
+        learner.weighted_mean = lambda losses, inputs: (seen.append(inputs.detach()), weighted_mean(losses, inputs))[1]
+        learner.step()
+        seen.clear()
+        closure = calls[0]["train_loss"]
+        closure(learner.model)
+        other = resnet(8, 10, 1, width=8)
+        closure(other)
+        assert torch.equal(*seen) == same
+
+
+def test_meta_every(monkeypatch):
+    learner = trainer("evograd_guided", "--meta-every", "3")
+    calls = hypergradient_calls(learner, monkeypatch)
+    for _ in range(7):
+        learner.step()
+    assert len(calls) == 3
+
+
+def test_quality_of_estimates():
+    """Mixed mode at T1-T2's own lookahead is T1-T2; the log disturbs neither the run nor its random numbers."""
+    plain, logged = trainer("evograd"), trainer("evograd", "--log-quality", "2")
+    losses = []
+    for learner in (plain, logged):
+        torch.manual_seed(3)
+        losses.append([learner.step().item() for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert [entry["step"] for entry in logged.quality] == [0, 2]
+    for entry in logged.quality:
+        assert entry["mixed_sgd"]["cosine"] > 0.999
+        assert entry["mixed_sgd"]["norm"] == pytest.approx(1, abs=0.01)
+        assert entry["guided_sgd"]["cosine"] > 0.8
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------
+
+
+def run(tmp_path, method, *extra):
+    out = tmp_path / "runs.jsonl"
+    train.main(["--method", method, "--device", "cpu", "--epochs", "2", "--out", str(out), *extra])
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs_and_leaves_a_record(method, tmp_path, capsys):
+    record = run(tmp_path, method)
+    metrics = record["metrics"]
+    assert record["experiment"] == "label_noise_mwn" and record["config"]["noise_level"] == 0.4
+    assert len(metrics["test_accuracy"]) == len(metrics["val_accuracy"]) == len(metrics["train_loss"]) == 2
+    assert metrics["test_accuracy_last"] == metrics["test_accuracy"][-1]
+    assert metrics["test_accuracy_best"] == metrics["test_accuracy"][metrics["best_epoch"] - 1]
+    assert metrics["noise_rate"] == pytest.approx(0.4, abs=0.06)
+    assert all(sum(row.values()) == pytest.approx(1) and len(row) == 2 for row in metrics["noise_matrix"])
+    assert {"seconds", "seconds_per_step", "peak_bytes", "flops"} <= set(record["cost"])
+    if method == "cross_entropy":
+        assert "weight_auc" not in metrics
+    else:
+        assert 0 <= metrics["weight_auc"] <= 1
+        assert sum(metrics["weights_clean"]) + sum(metrics["weights_noisy"]) == 1797 - 500 - 200
+        assert set(metrics["weight_curves"]) == {"0", "1", "2"}
+
+
+def test_same_seed_same_run_and_the_same_batches_for_every_method(tmp_path, capsys):
+    first, again = (run(tmp_path, "evograd", "--seed", "5")["metrics"] for _ in range(2))
+    assert first == again
+    assert first["noise_matrix"] == run(tmp_path, "cross_entropy", "--seed", "5")["metrics"]["noise_matrix"]
+
+
+def test_without_noise_there_is_no_roc_curve(tmp_path, capsys):
+    assert run(tmp_path, "mixed_mode", "--noise-level", "0")["metrics"]["weight_auc"] is None
+
+
+def test_options_of_the_ordinary_step(tmp_path, capsys):
+    usual = run(tmp_path, "evograd_guided")["metrics"]["train_loss"]
+    for flags in (["--amp"], ["--channels-last"]):  # the same but for rounding
+        assert run(tmp_path, "evograd_guided", *flags)["metrics"]["train_loss"][0] == pytest.approx(usual[0], rel=0.05)
+    for flags in (["--meta-optimizer", "sgd"], ["--meta-lr", "0.1"], ["--no-normalize-weights"]):
+        assert run(tmp_path, "evograd_guided", *flags)["metrics"]["train_loss"] != usual
+
+
+def test_compiled_model_is_used_in_the_ordinary_step_alone(monkeypatch):
+    """Candidates run through the plain module: their parameters are swapped."""
+    used = []
+
+    class Compiled:
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, x):
+            used.append(len(x))
+            return self.model(x)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    learner = trainer("evograd", "--compile")
+    learner.step()
+    assert used == [100]
+
+
+def test_npz_runs_with_noisy_labels(tmp_path, capsys):
+    path = write_npz(tmp_path / "camera.npz", y_noisy=(np.arange(120) + (np.arange(120) % 5 == 0)) % 4)
+    sizes = ("--meta-images", "8", "--val-images", "8", "--batch-size", "20", "--model", "small")
+    record = run(tmp_path, "evograd", "--data", path, "--noise", "given", *sizes)
+    assert record["config"]["data"] == "camera" and record["config"]["noise_level"] is None
+    assert record["metrics"]["noise_rate"] == pytest.approx(0.2, abs=0.02)
+
+
+def test_figures(tmp_path, capsys):
+    run(tmp_path, "cross_entropy")
+    run(tmp_path, "evograd_guided")
+    run(tmp_path, "evograd_guided", "--noise-level", "0")
+    plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+    for name in ("accuracy", "weights", "histograms"):
+        assert (tmp_path / f"label_noise_mwn_{name}_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_prints_and_writes(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--repeats", "1", "--model", "small", "--batch-size", "16"]
+    compare.main([*arguments, "--json", str(tmp_path / "cost.json"), "--out", str(tmp_path / "runs.jsonl")])
+    printed = capsys.readouterr().out
+    methods = json.loads((tmp_path / "cost.json").read_text())["methods"]
+    assert list(methods) == ["plain", "evograd", "evograd_guided", "mixed_mode", "second_order"]
+    assert all(name in printed for name in methods)
+
+
+def test_cost_at_the_papers_size():
+    """ResNet-32, batch 100, one full step, simulated: bytes and FLOPs over those of the plain step and of T1-T2."""
+    with FakeTensorMode():
+        measured = {}
+        for method in train.METHODS:
+            args = train.parse_args(["--method", method, "--data", "cifar10", "--device", "cpu"])
+            learner = train.Trainer(args, make_fake_task())
+            measured[method] = (train.measure(learner.step).peak_bytes, train.measure(learner.step).flops)
+    plain, second = measured["cross_entropy"], measured["second_order"]
+    for method, flops in (("evograd", 2.70), ("evograd_guided", 2.70), ("mixed_mode", 3.1)):
+        assert measured[method][0] <= 1.05 * plain[0]
+        assert measured[method][0] <= 0.36 * second[0]
+        assert measured[method][1] <= flops * plain[1]
+
+
+def make_fake_task():
+    def split(n):
+        return data.Split(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64), torch.zeros(n))
+
+    channel = torch.ones(3, 1, 1)
+    return data.Task(split(100), split(100), split(10), split(10), 10, torch.eye(10), channel, channel)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "svhn"], ["'svhn'", "digits", "cifar100", "FILE.npz"]),
+        (["--data", "/nowhere/set.npz"], ["/nowhere/set.npz", "no such file"]),
+        (["--data", "cifar10", "--data-dir", "/nowhere"], ["no cifar10 under /nowhere", "--data-dir", "--download"]),
+        (["--noise-level", "1.5"], ["--noise-level 1.5", "[0, 1]"]),
+        (["--noise-level", "nan"], ["--noise-level nan", "[0, 1]"]),
+        (["--noise", "hierarchical"], ["--noise hierarchical", "superclasses"]),
+        (["--noise", "given"], ["--noise given", "y_noisy"]),
+        (["--noise", "given", "--noise-level", "0.1"], ["--noise-level given", "noisy already"]),
+        (["--noise", "salt"], ["'salt'", "hierarchical"]),
+        (["--meta-images", "2000"], ["--meta-images 2000", "200 images of each class", "of class 0 there are"]),
+        (["--meta-images", "15"], ["--meta-images 15", "multiple", "10"]),
+        (["--val-images", "0"], ["--val-images", "at least 1"]),
+        (["--train-images", "5000"], ["--train-images 5000", "1,097 are left of 1,297"]),
+        (["--method", "cross_entropy", "--meta-lr", "1"], ["--meta-lr", "cross_entropy does not read it"]),
+        (["--method", "mixed_mode", "--weight-input", "model"], ["--weight-input", "mixed_mode does not read it", "evograd"]),
+        (["--method", "second_order", "--sigma", "1"], ["--sigma", "second_order does not read it"]),
+        (["--model", "vgg"], ["'vgg'", "resnet32"]),
+        (["--meta-every", "0"], ["--meta-every", "at least 1"]),
+        (["--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--out", "/dev/null/runs.jsonl"], ["--out", "/dev/null/runs.jsonl"]),
+    ],
+)
+def test_bad_input(arguments, words, tmp_path, capsys):
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "runs.jsonl")]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, *out, "--device", "cpu"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y_test": None}, ["has no y_test", "needed are x_train, y_train, x_test, y_test"]),
+        ({"x_train": np.zeros((120, 8), np.uint8)}, ["x_train is (120, 8)", "(n, h, w, 3)"]),
+        ({"x_train": np.zeros((120, 8, 8, 3), np.float32)}, ["x_train", "float32", "uint8"]),
+        ({"x_test": np.zeros((20, 9, 9, 3), np.uint8)}, ["x_train has images of (3, 8, 8), x_test of (3, 9, 9)"]),
+        ({"y_train": np.arange(119) % 4}, ["y_train is (119,)", "x_train has 120 images"]),
+        ({"y_train": np.linspace(0, 1, 120)}, ["y_train", "float64", "one integer"]),
+        ({"y_train": np.arange(120) % 4 - 1}, ["y_train has labels from -1 to 2", "0 to 2"]),
+        ({"y_test": np.arange(20)}, ["y_test has labels from 0 to 19", "0 to 3"]),
+        ({"y_noisy": np.arange(120)}, ["y_noisy has labels from 0 to 119", "0 to 3"]),
+        ({"y_noisy": np.arange(7) % 4}, ["y_noisy is (7,)"]),
+        ({"superclasses": np.array([0, 1])}, ["superclasses is (2,)", "(4,)"]),
+        ({"superclasses": np.arange(4), "noise": "hierarchical"}, ["class 0 is alone in its superclass 0"]),
+    ],
+)
+def test_an_npz_that_does_not_fit(changes, words, tmp_path, capsys):
+    noise = changes.pop("noise", "flip")
+    path = write_npz(tmp_path / "set.npz", **changes)
+    arguments = ["--data", path, "--noise", noise, "--meta-images", "4", "--val-images", "4", "--device", "cpu"]
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--out", str(tmp_path / "runs.jsonl")])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_an_npz_cut_short(tmp_path, capsys):
+    path = tmp_path / "set.npz"
+    write_npz(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="set.npz is not a whole npz file"):
+        load(str(path), "")
