@@ -65,7 +65,7 @@ class ConvNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions 3x3, or 1x1, 3x3, 1x1 in a bottleneck; a transformation after the last BatchNorm and after the shortcut's."""
+    """Two convolutions 3x3, or a bottleneck of 1x1, 3x3, 1x1; transformations after the last BatchNorm and the shortcut's."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, bottleneck: bool, transform: bool):
         super().__init__()
