@@ -1,8 +1,8 @@
 """Domains of images, and the episodes that are drawn from them by a seed.
 
-A domain is a folder `<data-dir>/<domain>` with the lists base.json, val.json and novel.json (classes to train on, to validate on
-and to test on): {"label_names": [...], "image_names": [paths], "image_labels": [indices of label_names]}. Relative paths start at
-the list's own folder. `prepare.py` writes them. Glyphs are drawn instead: characters are classes, fonts are domains.
+A domain is a folder `<data-dir>/<domain>` with the lists base.json, val.json and novel.json (classes to train on, to validate
+on and to test on): {"label_names": [...], "image_names": [paths], "image_labels": [indices of label_names]}. Relative paths
+start at the list's own folder. `prepare.py` writes them. Glyphs are drawn instead: characters are classes, fonts are domains.
 
 What an episode holds depends on the seed and its number alone, so every method sees the same ones, in whatever order and by
 however many workers they are loaded.
@@ -39,7 +39,7 @@ GLYPH_FONTS = {
 
 @dataclass
 class Images:
-    """The images of one list. labels: (n,) class of each.  pixels: (n, 1 or 3, size, size) uint8, or None if loaded when used."""
+    """The images of one list. labels: (n,).  pixels: (n, 1 or 3, size, size) uint8, or None if they are loaded when used."""
 
     domain: str
     split: str
@@ -78,8 +78,8 @@ class Images:
         smallest = min(self.classes, key=len)
         if len(smallest) < n_images:
             raise ValueError(
-                f"{where}: class {self.labels[smallest[0]]} has {len(smallest)} images; an episode needs {n_images} of each class "
-                "(shots and queries)"
+                f"{where}: class {self.labels[smallest[0]]} has {len(smallest)} images; "
+                f"an episode needs {n_images} of each class (shots and queries)"
             )
 
 
@@ -96,7 +96,7 @@ def decode(name: str, size: int) -> Tensor:
 
 
 def load_domain(data: str, data_dir: str, domain: str, split: str, image_size: int) -> Images:
-    """The images of one split of a domain, glyphs drawn, files not yet read. ValueError, FileNotFoundError: what is not there."""
+    """The images of one split of a domain: glyphs drawn, files not yet read. ValueError or FileNotFoundError if not there."""
     if data == "glyphs":
         if domain not in GLYPH_FONTS:
             raise ValueError(f"domain {domain!r} is not there; accepted: {', '.join(GLYPH_FONTS)}")

@@ -23,7 +23,7 @@ TEST_SEED = 0  # of the episodes that train.py tests on: the same for all method
 
 @torch.no_grad()
 def score(model, images, settings, n_episodes, seed, n_workers):
-    """Accuracy (%) of each of n_episodes test episodes, (n_episodes,) on the CPU. settings: n_way, n_shot, n_query, image_size."""
+    """Accuracy (%) of each test episode, (n_episodes,) on the CPU. settings: has n_way, n_shot, n_query, image_size."""
     episodes = TestEpisodes(images, seed, settings.n_way, settings.n_shot + settings.n_query)
     device = next(model.parameters()).device
     model.eval()

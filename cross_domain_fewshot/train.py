@@ -28,7 +28,7 @@ from .models import BACKBONES, HEADS, FewShotModel, episode_loss, transformation
 
 METHODS = ("none", "fixed", "evograd", "evograd_guided", "mixed_mode", "second_order")
 BY_DATA = {  # what depends on the data: the paper's settings, and small ones for glyphs
-    "glyphs": dict(backbone="conv4", image_size=28, width=32, n_query=8, epochs=12, episodes=25, test_episodes=600),
+    "glyphs": dict(backbone="conv4", image_size=28, width=32, n_query=8, epochs=30, episodes=10, test_episodes=600),
     "filelists": dict(backbone="resnet10", image_size=None, width=64, n_query=16, epochs=400, episodes=100, test_episodes=1000),
 }
 IMAGE_SIZE = {"conv4": 84, "conv6": 84}  # a ResNet's is 224
@@ -135,7 +135,9 @@ class Trainer:
     def __init__(self, args, n_classes):
         self.args = args
         self.estimator = cli.estimators(args).get(args.method)  # none for the baselines
-        self.model = new_model(vars(args), n_classes).to(args.device)
+        self.model = new_model(vars(args), n_classes)
+        if args.device.type != "cpu":  # Module.to cannot move fake tensors, not even nowhere
+            self.model.to(args.device)
         self.hyperparameters = [p for module in transformations(self.model).values() for p in module.parameters()]
         own = {id(p) for p in self.hyperparameters}
         named = {name: p for name, p in self.model.named_parameters() if id(p) not in own}
