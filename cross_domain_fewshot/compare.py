@@ -6,7 +6,7 @@
 
 A step is the model's update and that of γ and β: RelationNet, 5-way 5-shot, 16 queries, auxiliary batch 16, random pixels.
 "plain" is the model's update alone, with fixed transformations. On a CUDA device the peak is the allocator's; elsewhere
-peak and FLOPs are counted on tensors that have shapes and no values (FakeTensorMode), which gives the same numbers as real ones.
+peak and FLOPs are counted on tensors that have shapes and no values (FakeTensorMode): the same numbers as of real ones.
 Also printed: the peak of larger backbones in GB, counted that way, beside the 12 GB of the paper's cards.
 """
 

@@ -1,7 +1,7 @@
 """Write the file lists of a domain: base.json, val.json and novel.json.
 
-    python -m cross_domain_fewshot.prepare cub DIR/CUB_200_2011 --out data           one of the paper's data sets, as it is shipped
-    python -m cross_domain_fewshot.prepare folders DIR --domain mine --out data      any folder of images, one folder a class
+    python -m cross_domain_fewshot.prepare cub DIR/CUB_200_2011 --out data          a data set of the paper, as shipped
+    python -m cross_domain_fewshot.prepare folders DIR --domain mine --out data      a folder of images, one folder a class
 
 Of four classes in order two are base, one val, one novel (miniImagenet has its own split). Where to get the data: README.md.
 What the publisher's data must hold is checked; nothing is copied, so the images must stay where they are.
