@@ -56,7 +56,8 @@ def plot_accuracy(runs, path):
         axis.set_xlabel("held-out domain")
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("accuracy (%)")
-    handles = {text: handle for handle, text in zip(*axes[0, 0].get_legend_handles_labels())}  # each method once
+    shown = [pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels())]
+    handles = {text: handle for handle, text in shown}  # each method once
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

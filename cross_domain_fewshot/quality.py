@@ -5,7 +5,7 @@
 For each of --steps pairs of episodes, the exact hypergradient is that through one SGD step of the model's learning rate on the
 pseudo-seen episode (double backward), for one draw of the transformations' noise. Every estimate starts from the same draw.
 With fresh random numbers the candidates of EvoGrad after the first then draw others; with common ones they all have that of
-the exact hypergradient. The parameters and the learned γ and β stay as they are. One record holds the mean over the steps.
+the exact hypergradient. The parameters and the learned γ and β stay as they are. Each estimator has a record of its own, with means over the steps.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda:N"
     )
-    parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the record is appended to")
+    parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the records are appended to")
     return parser.parse_args(argv)
 
 
@@ -116,7 +116,10 @@ def main(argv=None):
         )
     if args.out:
         tested = {"quality_steps": args.steps, "quality_seed": args.seed}
-        append_run(args.out, "cross_domain_fewshot_quality", {**config, **tested}, metrics, {}, args.device)
+        for name, values in metrics.items():
+            append_run(
+                args.out, "cross_domain_fewshot_quality", {**config, **tested, "estimator": name}, values, {}, args.device
+            )
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def main(argv=None):
         every = max(1, args.epochs // 100)
         metrics |= {
             "layers": list(transformations(trainer.model)),
-            "epochs": list(range(0, args.epochs, every)),
+            "epochs": list(range(1, args.epochs + 1, every)),
             "gamma": [[round(v, 5) for v in values[0]] for values in history[::every]],
             "beta": [[round(v, 5) for v in values[1]] for values in history[::every]],
         }
