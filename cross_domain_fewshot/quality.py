@@ -5,7 +5,7 @@
 For each of --steps pairs of episodes, the exact hypergradient is that through one SGD step of the model's learning rate on the
 pseudo-seen episode (double backward), for one draw of the transformations' noise. Every estimate starts from the same draw.
 With fresh random numbers the candidates of EvoGrad after the first then draw others; with common ones they all have that of
-the exact hypergradient. The parameters and the learned γ and β stay as they are. Each estimator has a record of its own: means over the steps.
+the exact hypergradient. Parameters, γ and β stay as they are. Each estimator has a record of its own: means over the steps.
 """
 
 import argparse
