@@ -100,22 +100,26 @@ def comparison_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def finish_comparison(args: argparse.Namespace, experiment: str, config: dict, costs: dict[str, Cost]) -> None:
-    """Print the costs as a table, over those of the plain step, and write them where the flags say."""
+def finish_comparison(
+    args: argparse.Namespace, experiment: str, config: dict, costs: dict[str, Cost], further: dict | None = None
+) -> None:
+    """Print the costs as a table, over those of the plain step, and write them where the flags say.
+
+    Seconds may be None (FakeTensorMode); such a table is not appended to --out. further: other figures for the --json file.
+    """
     plain = costs["plain"]
     print(f"{'':16}{'seconds':>10}{'time/plain':>12}{'GFLOP':>9}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
     for name, cost in costs.items():
-        ratios = (cost.seconds / plain.seconds, cost.flops / plain.flops, cost.peak_bytes / plain.peak_bytes)
+        time = f"{'–':>10}{'–':>12}" if cost.seconds is None else f"{cost.seconds:10.4f}{cost.seconds / plain.seconds:12.2f}"
         print(
-            f"{name:16}{cost.seconds:10.4f}{ratios[0]:12.2f}{cost.flops / 1e9:9.2f}{ratios[1]:13.2f}"
-            f"{cost.peak_bytes / 1e6:10.1f}{ratios[2]:12.2f}"
+            f"{name:16}{time}{cost.flops / 1e9:9.2f}{cost.flops / plain.flops:13.2f}"
+            f"{cost.peak_bytes / 1e6:10.1f}{cost.peak_bytes / plain.peak_bytes:12.2f}"
         )
     methods = {name: cost.as_dict() for name, cost in costs.items()}
     if args.json:
-        write_text(
-            args.json, json.dumps({"methods": methods, "config": config, "environment": environment(args.device)}, indent=1)
-        )
-    if args.out:
+        content = {"methods": methods, **(further or {}), "config": config, "environment": environment(args.device)}
+        write_text(args.json, json.dumps(content, indent=1))
+    if args.out and plain.seconds is not None:
         append_run(args.out, f"{experiment}_cost", config, methods, {}, args.device)
 
 

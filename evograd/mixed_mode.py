@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
 
@@ -54,7 +56,7 @@ def mixed_mode(
         draws = problem.random_state() if isinstance(lookahead, str) else None
         val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
         # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
-        with problem.replay(draws):
+        with problem.replay(draws), PlainNormalization():
             try:
                 loss, slope = torch.func.jvp(lambda theta: problem.loss(train_loss, theta), (problem.theta,), (gradient,))
             except NotImplementedError as error:
@@ -69,3 +71,55 @@ def mixed_mode(
     losses = loss.detach().reshape(1)
     check_finite(losses, val)
     return Hypergradient(grads, val, losses, torch.ones_like(losses))
+
+
+class PlainNormalization(TorchFunctionMode):
+    """Within it, normalisation by a batch's, instance's or layer's own statistics is written out in plain operations.
+
+    PyTorch's forward-mode formulas of batch_norm and layer_norm take the statistics that they save as constants of the
+    backward pass, so a derivative in reverse mode of one in forward mode is silently wrong where λ enters before them
+    (pytorch issue 196699). Running statistics are not updated: the model runs on copies that are thrown away.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        plain = _PLAIN.get(function)
+        result = plain(*args, **(kwargs or {})) if plain else None
+        return function(*args, **(kwargs or {})) if result is None else result
+
+
+def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training and running_mean is not None:
+        return None  # statistics that are constants: PyTorch's own formula is right
+    return _normalized(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
+
+
+def _instance_norm(
+    x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if not use_input_stats:
+        return None
+    return _normalized(x, list(range(2, x.ndim)), eps, *(_by_channel(p, x) for p in (weight, bias)))
+
+
+def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return _normalized(x, list(range(-len(normalized_shape), 0)), eps, weight, bias)
+
+
+_PLAIN = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.layer_norm: _layer_norm}
+
+
+def _by_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias, as x · scale + shift where possible: of x's size, only x is kept."""
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    scale = (var + eps).rsqrt()
+    shift = -mean * scale
+    if weight is not None and weight.shape[0] == 1:  # one number a channel; a layer's are of x's own size
+        scale, shift, weight = scale * weight, shift * weight, None
+    y = x * scale + shift
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias

@@ -1,7 +1,10 @@
 """T1–T2: `unrolled` against closed forms and finite differences, `mixed_mode` against `unrolled`."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import evograd
@@ -117,3 +120,33 @@ def test_unrolled_perturbs_only_the_named_parameters():
     head = evograd.baselines.unrolled(*problem.args(), inner_lr=ETA, parameters=["2.weight", "2.bias"]).grads
     whole = evograd.baselines.unrolled(*problem.args(), inner_lr=ETA).grads
     assert relative_difference(head, whole) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "normalization",
+    [
+        nn.BatchNorm1d(6),
+        nn.BatchNorm1d(6, track_running_stats=False),
+        nn.BatchNorm1d(6, affine=False),
+        nn.LayerNorm(6),
+        nn.LayerNorm(6, bias=False),
+        nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()),
+    ],
+    ids=["batch", "batch without running statistics", "batch without weights", "layer", "layer without bias", "instance"],
+)
+def test_mixed_mode_with_hyperparameters_before_a_normalization(normalization, float64):
+    """There PyTorch's own formulas, reverse over forward, are wrong without a word."""
+    model = nn.Sequential(nn.Linear(4, 6), copy.deepcopy(normalization).double(), nn.Tanh(), nn.Linear(6, 3))
+    scale = torch.rand(4, requires_grad=True)
+    x, y, x_val, y_val = torch.randn(9, 4), torch.randint(3, (9,)), torch.randn(9, 4), torch.randint(3, (9,))
+
+    def train_loss(model):
+        return F.cross_entropy(model(x * scale), y)
+
+    def val_loss(model):
+        return F.cross_entropy(model(x_val), y_val)
+
+    args = (train_loss, val_loss, model, [scale])
+    exact = evograd.baselines.unrolled(*args, inner_lr=ETA).grads[0]
+    mixed = evograd.mixed_mode(*args, inner_lr=ETA, lookahead="sgd").grads[0]
+    torch.testing.assert_close(mixed, exact, rtol=1e-10, atol=1e-14)

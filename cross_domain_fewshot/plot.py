@@ -1,0 +1,120 @@
+"""Accuracy by held-out domain, and γ and β over training: python -m cross_domain_fewshot.plot [FILE.jsonl …] [--out-dir DIR]"""
+
+import argparse
+import json
+from glob import glob
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from evograd.records import read_runs
+from evograd.report import COLOURS
+
+TITLES = {
+    "none": "no transformation",
+    "fixed": "fixed transformation",
+    "evograd": "EvoGrad",
+    "evograd_guided": "EvoGrad, guided",
+    "mixed_mode": "mixed mode",
+    "second_order": "T1–T2 (higher)",
+}
+COLOUR = {**COLOURS, "none": "#BBBBBB", "fixed": COLOURS["baseline"]}
+
+
+def series(runs):
+    """{(data, backbone, head): runs}: what one figure compares."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run["config"][key] for key in ("data", "backbone", "head")), []).append(run)
+    return groups
+
+
+def plot_accuracy(runs, path):
+    """One panel for each number of shots, one group of points for each held-out domain, one point for each method.
+
+    The bar is the 95 % interval over test episodes; of several seeds, mean and mean half width.
+    """
+    shots = sorted({run["config"]["n_shot"] for run in runs})
+    domains = list(dict.fromkeys(run["config"]["held_out"] for run in runs))
+    methods = [method for method in TITLES if any(run["config"]["method"] == method for run in runs)]
+    figure, axes = plt.subplots(1, len(shots), figsize=(1.5 + 3.6 * len(shots), 3.4), layout="constrained", squeeze=False)
+    for axis, n_shot in zip(axes[0], shots):
+        for i, method in enumerate(methods):
+            for x, domain in enumerate(domains):
+                wanted = {"method": method, "held_out": domain, "n_shot": n_shot}
+                mine = [run["metrics"] for run in runs if wanted.items() <= run["config"].items()]
+                if mine:
+                    mean, half = (sum(m[key] for m in mine) / len(mine) for key in ("accuracy", "interval"))
+                    place = x + 0.12 * (i - (len(methods) - 1) / 2)
+                    axis.errorbar(place, mean, half, fmt="o", ms=4, lw=1.5, color=COLOUR[method], label=TITLES[method])
+        axis.set_xticks(range(len(domains)), domains)
+        axis.set_xlim(-0.6, len(domains) - 0.4)
+        axis.set_title(f"{n_shot}-shot", fontsize=10)
+        axis.set_xlabel("held-out domain")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy (%)")
+    shown = [pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels())]
+    handles = {text: handle for handle, text in shown}  # each method once
+    figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_transformations(runs, path):
+    """Softplus of γ (above) and of β (below), mean over the channels, one line for each layer, one column for each method."""
+    runs = {run["config"]["method"]: run for run in runs if "gamma" in run["metrics"]}  # the last one of each method
+    methods = [method for method in TITLES if method in runs]
+    figure, axes = plt.subplots(
+        2, len(methods), figsize=(1.2 + 2.6 * len(methods), 4.6), sharex=True, sharey="row", layout="constrained", squeeze=False
+    )
+    for column, method in enumerate(methods):
+        metrics = runs[method]["metrics"]
+        for row, name in enumerate(("gamma", "beta")):
+            n_layers = len(metrics["layers"])
+            for layer in range(n_layers):
+                values = [means[layer] for means in metrics[name]]
+                shade = plt.get_cmap("viridis")(layer / max(1, n_layers - 1) * 0.9)
+                axes[row, column].plot(metrics["epochs"], values, lw=1.2, color=shade, label=f"layer {layer + 1}")
+            axes[row, column].grid(alpha=0.3)
+        axes[0, column].set_title(TITLES[method], fontsize=10)
+        axes[1, column].set_xlabel("epoch")
+    axes[0, 0].set_ylabel("softplus(γ)")
+    axes[1, 0].set_ylabel("softplus(β)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="*", default=sorted(glob("cross_domain_fewshot/results/*.jsonl")), help="result files")
+    parser.add_argument("--out-dir", default="cross_domain_fewshot/results", help="folder of the figures")
+    args = parser.parse_args(argv)
+    missing = [name for name in args.results if not Path(name).is_file()]
+    if missing:
+        parser.error(f"no such file: {', '.join(missing)}")
+    if not args.results:
+        parser.error("no result files in cross_domain_fewshot/results: run the experiment first, or name the files")
+    runs, broken = read_runs(args.results)
+    for line in broken:
+        print(f"left out: {line}")
+    runs = [run for run in runs if run["experiment"] == "cross_domain_fewshot"]
+    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    for (data, backbone, head), group in series(runs).items():
+        path = Path(args.out_dir) / f"cross_domain_fewshot_accuracy_{data}_{backbone}_{head}.png"
+        plot_accuracy(group, path)
+        print(f"figure: {path}")
+        learned = [run for run in group if "gamma" in run["metrics"]]
+        if learned:
+            # γ and β of one held-out domain, number of shots and seed: those of the last run
+            same = {key: learned[-1]["config"][key] for key in ("held_out", "n_shot", "seed")}
+            path = Path(args.out_dir) / f"cross_domain_fewshot_transformations_{data}_{backbone}_{head}.png"
+            plot_transformations([run for run in learned if same.items() <= run["config"].items()], path)
+            print(f"figure: {path}, {json.dumps(same)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Train an encoder by classification on the base classes of one domain: the warm start of train.py --encoder.
+
+    python -m cross_domain_fewshot.pretrain --out FILE.pt                                     glyphs, a minute on a CPU
+    python -m cross_domain_fewshot.pretrain --data filelists --data-dir DIR --domain miniImagenet --out FILE.pt
+
+Adam on batches of 16, cross-entropy of a linear classifier on the encoder's averaged features, no transformations. The encoder
+fits every head and method.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from evograd import cli
+from evograd.records import check_writable, seed_everything
+
+from .data import DATASETS, augmented, cache_if_small, centred, load_domain, stream
+from .models import BACKBONES, Encoder
+from .train import fill_defaults, save_checkpoint
+
+EPOCHS = {"glyphs": 3, "filelists": 400}
+
+
+class Batches(Dataset):
+    """Batch number t of a run, (images, classes), without repetition within an epoch; its order depends on the seed alone."""
+
+    def __init__(self, images, seed, batch_size):
+        self.images, self.seed, self.batch_size = images, seed, batch_size
+        self.class_index = np.unique(images.labels, return_inverse=True)[1]
+        self.per_epoch = max(1, len(images.labels) // batch_size)
+
+    def __getitem__(self, t):
+        epoch, k = divmod(t, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.class_index))
+        index = order[k * self.batch_size : (k + 1) * self.batch_size]
+        return self.images.load(index), torch.from_numpy(self.class_index[index])
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser.add_argument("--data", choices=DATASETS, default="glyphs", help="as in train.py")
+    parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the file lists")
+    parser.add_argument("--domain", help="default: sans (glyphs), miniImagenet (filelists)")
+    parser.add_argument("--backbone", choices=BACKBONES, help="default: conv4 (glyphs), resnet10 (filelists)")
+    parser.add_argument("--width", type=cli.at_least(1), help="channels of a Conv-4 or Conv-6; default: as in train.py")
+    parser.add_argument("--image-size", type=cli.at_least(8), help="pixels; default: as in train.py")
+    parser.add_argument("--epochs", type=cli.at_least(1), help=f"default: {EPOCHS}")
+    parser.add_argument("--batch-size", type=cli.at_least(2), default=16, help="images")
+    parser.add_argument("--lr", type=cli.positive, default=1e-3, help="of Adam")
+    parser.add_argument("--amp", action="store_true", help="bfloat16")
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
+    parser.add_argument(
+        "--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda:N"
+    )
+    parser.add_argument("--cache-gb", type=float, default=4.0, help="decode all images into memory if they take no more")
+    parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint")
+    args = parser.parse_args(argv)
+    fill_defaults(args)
+    args.domain = args.domain or {"glyphs": "sans", "filelists": "miniImagenet"}[args.data]
+    args.epochs = args.epochs or EPOCHS[args.data]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with cli.exit_on_bad_input():
+        check_writable(f"{args.out}.tmp")
+        images = load_domain(args.data, args.data_dir, args.domain, "base", args.image_size)
+        seed_everything(args.seed)
+        encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
+    n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
+    classifier = nn.Linear(encoder.channels, len(images.classes)).to(args.device)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], lr=args.lr)
+    batches = Batches(images, args.seed, args.batch_size)
+    n_steps = args.epochs * batches.per_epoch
+    loader = stream(batches, range(n_steps), n_workers, pin=args.device.type == "cuda")
+    generator = torch.Generator().manual_seed(args.seed)
+    seen, losses, hits = 0, [], []
+    progress = tqdm(total=n_steps, desc=f"encoder {args.backbone} on {args.domain}", unit="batch", mininterval=1)
+    for t, (x, y) in enumerate(loader, start=1):
+        x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
+        x = centred(x, args.image_size) if args.data == "glyphs" else augmented(x, args.image_size, generator)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+            logits = classifier(encoder(x).mean((2, 3)))
+            loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        hits.append((logits.argmax(1) == y).float().mean())
+        progress.update()
+        if t % batches.per_epoch == 0 or t == n_steps:
+            loss, accuracy = torch.stack(losses[seen:]).mean().item(), 100 * torch.stack(hits[seen:]).mean().item()
+            seen = len(losses)
+            progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f} %")
+    progress.close()
+    names = ("data", "domain", "backbone", "width", "image_size", "epochs", "batch_size", "lr", "amp", "seed")
+    save_checkpoint(
+        args.out,
+        {
+            "kind": "encoder",
+            "config": {name: getattr(args, name) for name in names},
+            "encoder": encoder.state_dict(),
+            "classifier": classifier.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": n_steps,
+        },
+    )
+    print(f"encoder {args.backbone}: {accuracy:.1f} % of {args.domain}'s {len(images.classes)} base classes in the last epoch")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Learn feature-wise transformations that make few-shot classifiers work in a domain that they have not seen.
+
+    python -m cross_domain_fewshot.train --method evograd --held-out serif            glyphs, minutes on a CPU
+    python -m cross_domain_fewshot.train --method evograd --data filelists --data-dir DIR --held-out cub --n-shot 5 \\
+        --encoder FILE.pt                                                             the paper's
+
+Each epoch draws two of the seen domains. A step is the model's update on an episode of the pseudo-seen one, with
+transformations, and then that of the transformations' γ and β, by the hypergradient of the loss on an episode of the
+pseudo-unseen one, without transformations. The record of the run (accuracy on episodes of the held-out domain's novel classes,
+γ and β over training) is appended to --out as one JSON line; the checkpoint lies beside that file.
+"""
+
+import os
+import random
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from evograd import cli
+from evograd.records import append_run, check_writable, seed_everything
+
+from .data import DATASETS, GLYPH_FONTS, PAPER_DOMAINS, TrainingSteps, augmented, cache_if_small, centred, load_domain, stream
+from .evaluate import TEST_SEED, interval, score
+from .models import BACKBONES, HEADS, FewShotModel, episode_loss, transformations
+
+METHODS = ("none", "fixed", "evograd", "evograd_guided", "mixed_mode", "second_order")
+BY_DATA = {  # what depends on the data: the paper's settings, and small ones for glyphs
+    "glyphs": dict(backbone="conv4", image_size=28, width=32, n_query=8, epochs=30, episodes=10, test_episodes=600),
+    "filelists": dict(backbone="resnet10", image_size=None, width=64, n_query=16, epochs=400, episodes=100, test_episodes=1000),
+}
+IMAGE_SIZE = {"conv4": 84, "conv6": 84}  # a ResNet's is 224
+# τ. A guided perturbation is σ√P long, in the one direction that matters: with the paper's temperature the softmax is one-hot.
+TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
+# η: that of the model's update. With a given lookahead it is only the scale of the hypergradient, which Adam does not see.
+INNER_LR = {"evograd_guided": 1e-3, "mixed_mode": 1e-3, "second_order": 1e-3}
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr", "transform_lr")
+READS = {
+    "none": (),
+    "fixed": (),
+    "evograd": CANDIDATES,
+    "evograd_guided": CANDIDATES,
+    "mixed_mode": ("inner_lr", "transform_lr"),
+    "second_order": ("inner_lr", "transform_lr"),
+}
+# These differentiate through the update that was made: the training loss is taken at the parameters before it, with the same
+# draws of the transformations. Guided and mixed mode take the validation gradient at the parameters after it, which costs
+# a copy of the parameters and no computation; T1-T2 makes an SGD step of its own.
+AROUND_THE_UPDATE = ("evograd_guided", "mixed_mode", "second_order")
+LOOKAHEAD = ("evograd_guided", "mixed_mode")
+
+
+def parse_args(argv=None):
+    parser = cli.experiment_parser(__doc__, METHODS, DATASETS)
+    parser.add_argument(
+        "--held-out", default="serif", metavar="DOMAIN", help="domain that is tested on and not seen in training"
+    )
+    parser.add_argument(
+        "--seen",
+        nargs="+",
+        metavar="DOMAIN",
+        help="domains to train on; the auxiliary classes are the first one's. Default: the other four of "
+        f"{', '.join(GLYPH_FONTS)} or of {', '.join(PAPER_DOMAINS)}",
+    )
+    parser.add_argument("--backbone", choices=BACKBONES, help=f"default: {by_data('backbone')}")
+    parser.add_argument("--head", choices=tuple(HEADS), default="relationnet", help="what classifies the queries")
+    parser.add_argument("--width", type=cli.at_least(1), help=f"channels of a Conv-4 or Conv-6; default: {by_data('width')}")
+    parser.add_argument("--image-size", type=cli.at_least(8), help="pixels; default: glyphs 28, Conv-4/6 84, ResNets 224")
+    parser.add_argument("--n-way", type=cli.at_least(2), default=5, help="classes of an episode")
+    parser.add_argument("--n-shot", type=cli.at_least(1), default=1, help="support images of each class")
+    parser.add_argument("--n-query", type=cli.at_least(1), help=f"queries of each class; default: {by_data('n_query')}")
+    parser.add_argument("--epochs", type=cli.at_least(1), help=f"default: {by_data('epochs')}")
+    parser.add_argument("--episodes", type=cli.at_least(1), help=f"training episodes an epoch; default: {by_data('episodes')}")
+    parser.add_argument(
+        "--auxiliary-batch", type=cli.at_least(1), default=16, help="images of the auxiliary classification loss"
+    )
+    parser.add_argument("--lr", type=cli.positive, default=1e-3, help="of the model's Adam")
+    parser.add_argument("--transform-lr", type=cli.positive, default=1e-3, help="of the Adam of γ and β")
+    parser.add_argument("--encoder", metavar="FILE", help="checkpoint of pretrain.py to start from; default: random weights")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 in the model's own update; hypergradients stay in float32")
+    parser.add_argument("--test-episodes", type=cli.at_least(2), help=f"default: {by_data('test_episodes')}")
+    parser.add_argument("--cache-gb", type=float, default=4.0, help="decode all images into memory if they take no more")
+    parser.add_argument(
+        "--workers", type=cli.at_least(0), default=2, help="processes that decode images if memory does not hold them"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="where it is written; default: beside --out, named by the settings"
+    )
+    parser.add_argument("--checkpoint-every", type=cli.at_least(1), default=10, metavar="N", help="epochs")
+    cli.add_evograd_arguments(parser)
+    args = parser.parse_args(argv)
+    cli.refuse_unread(parser, args, READS)
+    fill_defaults(args)
+    args.temperature = args.temperature or TEMPERATURE.get(args.method)
+    args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
+    args.seen = args.seen or [d for d in (GLYPH_FONTS if args.data == "glyphs" else PAPER_DOMAINS) if d != args.held_out]
+    if args.held_out in args.seen:
+        parser.error(f"--held-out {args.held_out} is among the seen domains ({', '.join(args.seen)}); it must not be seen")
+    if len(set(args.seen)) < max(2, len(args.seen)):
+        parser.error(
+            f"--seen {' '.join(args.seen)}: two or more different domains are needed, a pseudo-seen and a pseudo-unseen one"
+        )
+    args.out = args.out or f"cross_domain_fewshot/results/{args.data}.jsonl"
+    args.checkpoint = args.checkpoint or str(Path(args.out).parent / "checkpoints" / f"{run_name(args)}.pt")
+    return args
+
+
+def by_data(name):
+    return ", ".join(f"{values[name]} ({data})" for data, values in BY_DATA.items() if values[name])
+
+
+def fill_defaults(args):
+    """Settings not given -> those that suit the data; shared by the scripts."""
+    for name, value in BY_DATA[args.data].items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    args.image_size = args.image_size or IMAGE_SIZE.get(args.backbone, 224)
+
+
+def run_name(args):
+    return f"{args.data}-{args.held_out}-{args.backbone}-{args.head}-{args.n_shot}shot-{args.method}-seed{args.seed}"
+
+
+def new_model(config, n_classes):
+    """The model of a run's configuration."""
+    names = ("backbone", "head", "n_way", "image_size", "width")
+    return FewShotModel(**{name: config[name] for name in names}, n_classes=n_classes, transform=config["method"] != "none")
+
+
+class Trainer:
+    """Model, transformations, their optimizers and one step of each: what train, compare and quality need."""
+
+    def __init__(self, args, n_classes):
+        self.args = args
+        self.estimator = cli.estimators(args).get(args.method)  # none for the baselines
+        self.model = new_model(vars(args), n_classes)
+        if args.device.type != "cpu":  # Module.to cannot move fake tensors, not even nowhere
+            self.model.to(args.device)
+        self.hyperparameters = [p for module in transformations(self.model).values() for p in module.parameters()]
+        own = {id(p) for p in self.hyperparameters}
+        named = {name: p for name, p in self.model.named_parameters() if id(p) not in own}
+        # What an episode's loss depends on: the classifier has the auxiliary loss alone, in which λ is not.
+        self.episodic = {name: p for name, p in named.items() if not name.startswith("classifier.")}
+        self.weights = list(named.values())
+        self.optimizer = torch.optim.Adam(self.weights, lr=args.lr)
+        if self.estimator is not None:
+            self.transform_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.transform_lr, weight_decay=1e-8)
+        for p in self.hyperparameters:
+            p.requires_grad_(False)
+        self.draws = random.Random(args.seed)  # seeds of the transformations' noise, one a step
+
+    def losses(self, seen, unseen):
+        """(ℓ_T, ℓ_V) as functions of the model: episodes with transformations in training, and without in eval mode."""
+        n_shot, head = self.args.n_shot, self.args.head
+
+        def train_loss(model):
+            model.train()
+            return episode_loss(model(seen, n_shot), head)
+
+        def val_loss(model):
+            model.eval()
+            return episode_loss(model(unseen, n_shot), head)
+
+        return train_loss, val_loss
+
+    def step(self, seen, unseen, images, classes, auxiliary_weight):
+        """The model's update on the pseudo-seen episode, then that of γ and β. Returns the training loss.
+
+        seen, unseen: (n_way, n_shot + n_query, 3, size, size).  images, classes: those of the auxiliary loss.
+        """
+        train_loss, val_loss = self.losses(seen, unseen)
+        draw = self.draws.getrandbits(62)
+        before = {}
+        if self.args.method in AROUND_THE_UPDATE:
+            before = {name: p.detach().clone() for name, p in self.episodic.items()}
+
+        torch.manual_seed(draw)
+        self.optimizer.zero_grad()
+        with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.args.amp):
+            loss = train_loss(self.model)
+            self.model.encoder.eval()  # the auxiliary loss sees no transformations, and leaves BatchNorm's statistics alone
+            total = loss + auxiliary_weight * F.cross_entropy(self.model(images), classes)
+        total.backward()
+        self.optimizer.step()
+
+        if self.estimator is not None:
+            self.optimizer.zero_grad()  # their memory is free for the candidates
+            around = {"parameters": list(self.episodic)}
+            if before:
+                torch.manual_seed(draw)
+                around["parameters"] = before
+            if self.args.method in LOOKAHEAD:
+                around["lookahead"] = self.episodic
+            for p in self.hyperparameters:
+                p.requires_grad_(True)
+            result = self.estimator(train_loss, val_loss, self.model, self.hyperparameters, **around)
+            for p, gradient in zip(self.hyperparameters, result.grads):
+                p.requires_grad_(False)  # in the model's own update no map is kept for them
+                p.grad = gradient
+            self.transform_optimizer.step()
+        return loss.detach()
+
+
+def auxiliary_weight(epoch, epochs):
+    return 0.9 ** (20 * epoch // epochs)
+
+
+def prepare(args, batch, generator):
+    """A step of TrainingSteps -> what Trainer.step takes: on the device, augmented (glyphs are distorted already)."""
+    seen, unseen, images, classes = (t.to(args.device, non_blocking=True) for t in batch)
+    if args.data == "glyphs":
+        seen, unseen, images = (centred(t, args.image_size) if t.numel() else t for t in (seen, unseen, images))
+    else:
+        seen, unseen, images = (augmented(t, args.image_size, generator) if t.numel() else t for t in (seen, unseen, images))
+    return seen, unseen, images, classes
+
+
+def load_encoder(model, args):
+    """Weights of a checkpoint of pretrain.py -> the model's encoder; ValueError if it is of something else."""
+    state = load_checkpoint(args.encoder)
+    if state.get("kind") != "encoder":
+        raise ValueError(f"{args.encoder} is no checkpoint of pretrain.py")
+    for name in ("backbone", "width"):
+        given, found = getattr(args, name), state["config"][name]
+        if given != found and (name != "width" or args.backbone.startswith("conv")):
+            raise ValueError(f"{args.encoder} is of --{name} {found}; this run has --{name} {given}")
+    own = model.encoder.state_dict()
+    weights = _without_transformations(model.encoder, own)
+    # Transformations shift the numbers of the layers: what counts is the order of the tensors, and that their shapes agree.
+    found = list(state["encoder"].values())
+    if [t.shape for t in found] != [own[name].shape for name in weights]:
+        raise ValueError(f"{args.encoder}: its tensors do not fit {args.backbone}")
+    model.encoder.load_state_dict({**own, **dict(zip(weights, found))})
+
+
+def _without_transformations(encoder, state):
+    inside = tuple(f"{name}." for name in transformations(encoder))
+    return [name for name in state if not name.startswith(inside)] if inside else list(state)
+
+
+def save_checkpoint(path, content):
+    """Written to a temporary file and renamed, so that nobody ever sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint, on the CPU; FileNotFoundError or ValueError that names it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no checkpoint, or not whole: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or "config" not in content:
+        raise ValueError(f"{path} is no checkpoint of this experiment")
+    return content
+
+
+def checkpoint(trainer, n_classes, config, epoch, history):
+    """All that is needed to go on after `epoch` epochs: episodes and augmentations follow from the seed and the epoch."""
+    return {
+        "kind": "few-shot",
+        "config": config,
+        "n_classes": n_classes,
+        "epoch": epoch,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "transform_optimizer": trainer.transform_optimizer.state_dict() if trainer.estimator else None,
+        "history": history,
+        "draws": trainer.draws.getstate(),
+    }
+
+
+def recorded(args):
+    """The configuration that a record holds: what the result depends on, and no paths."""
+    left_out = ("out", "data_dir", "encoder", "checkpoint", "checkpoint_every", "cache_gb", "workers", "device")
+    return {**{k: v for k, v in vars(args).items() if k not in left_out}, "pretrained": args.encoder is not None}
+
+
+def softplus_means(model):
+    """(γ, β) of each transformation as they act: means of softplus over the channels. Tensors (layers,)."""
+    modules = transformations(model).values()
+    if not modules:
+        return None
+    return tuple(
+        torch.stack([F.softplus(getattr(module, name).detach(), beta=100).mean() for module in modules])
+        for name in ("gamma", "beta")
+    )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with cli.exit_on_bad_input():
+        check_writable(args.out)
+        check_writable(Path(args.checkpoint).with_suffix(".lock"))
+        Path(args.checkpoint).with_suffix(".lock").unlink()
+        n_images = args.n_shot + args.n_query
+        domains = [load_domain(args.data, args.data_dir, name, "base", args.image_size) for name in args.seen]
+        test = load_domain(args.data, args.data_dir, args.held_out, "novel", args.image_size)
+        for images in (*domains, test):
+            images.check(args.n_way, n_images)
+        seed_everything(args.seed)
+        n_classes = len(domains[0].classes)
+        trainer = Trainer(args, n_classes)
+        if args.encoder:
+            load_encoder(trainer.model, args)
+    in_memory = cache_if_small([*domains, test], args.cache_gb)
+    n_workers = 0 if in_memory else args.workers
+
+    config, n_steps = recorded(args), args.epochs * args.episodes
+    learns = trainer.estimator is not None
+    steps = TrainingSteps(domains, args.seed, args.episodes, args.n_way, n_images, args.auxiliary_batch, learns)
+    batches = stream(steps, range(n_steps), n_workers, pin=args.device.type == "cuda")
+    losses, history = [], []  # history: γ and β by layer, after each epoch
+    start = perf_counter()
+    progress = tqdm(total=n_steps, desc=f"{run_name(args)}", unit="episode", mininterval=1)
+    for epoch in range(args.epochs):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)  # of the augmentations
+        for _ in range(args.episodes):
+            batch = prepare(args, next(batches), generator)
+            losses.append(trainer.step(*batch, auxiliary_weight(epoch, args.epochs)))
+            progress.update()
+        if learns:
+            history.append([values.tolist() for values in softplus_means(trainer.model)])
+        progress.set_postfix(loss=f"{torch.stack(losses[-args.episodes :]).mean().item():.3f}")
+        if (epoch + 1) % args.checkpoint_every == 0 or epoch + 1 == args.epochs:
+            save_checkpoint(args.checkpoint, checkpoint(trainer, n_classes, config, epoch + 1, history))
+    progress.close()
+    seconds = perf_counter() - start
+
+    accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers)
+    mean, half_width = interval(accuracies)
+    metrics = {"accuracy": mean, "interval": half_width, "train_loss": torch.stack(losses[-args.episodes :]).mean()}
+    if learns:
+        every = max(1, args.epochs // 100)
+        metrics |= {
+            "layers": list(transformations(trainer.model)),
+            "epochs": list(range(1, args.epochs + 1, every)),
+            "gamma": [[round(v, 5) for v in values[0]] for values in history[::every]],
+            "beta": [[round(v, 5) for v in values[1]] for values in history[::every]],
+        }
+    append_run(
+        args.out,
+        "cross_domain_fewshot",
+        config,
+        metrics,
+        {"seconds": seconds, "seconds_per_step": seconds / n_steps},
+        args.device,
+    )
+    print(f"{run_name(args)}: {mean:.2f} ± {half_width:.2f} % of {args.test_episodes} episodes, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

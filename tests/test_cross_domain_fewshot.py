@@ -1,0 +1,462 @@
+"""Cross-domain few-shot: the split relation module, heads and backbones, episodes, every method tiny, and bad input."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evograd
+from cross_domain_fewshot import compare, data, evaluate, plot, prepare, pretrain, quality, train
+from cross_domain_fewshot.models import (
+    HEADS,
+    ON_MAPS,
+    Encoder,
+    FeatureWiseTransformation,
+    FewShotModel,
+    RelationNet,
+    episode_loss,
+    episode_targets,
+    transformations,
+)
+from evograd.baselines import unrolled
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 7), (4, 12, 12), (3, 2, 2)])
+def test_split_relation_module_equals_the_concatenated_one(shape, float64):
+    split, joined = RelationNet(shape, 5, split=True), RelationNet(shape, 5, split=False)
+    joined.load_state_dict(split.state_dict())
+    features = torch.randn(5, 2 + 3, *shape)
+    results = []
+    for head in (split, joined):
+        x = features.clone().requires_grad_()
+        scores = head(x, 2)
+        results.append([scores, *torch.autograd.grad(episode_loss(scores, "relationnet"), [x, *head.parameters()])])
+    assert results[0][0].shape == (15, 5)
+    assert results[0][0].std() > 1e-3
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_relation_scores_belong_to_their_pair(float64):
+    """BatchNorm couples the pairs, but a permutation of classes and queries permutes the scores."""
+    head = RelationNet((4, 7, 7), 3)
+    features = torch.randn(3, 1 + 2, 4, 7, 7)
+    order = torch.tensor([2, 0, 1])
+    scores, permuted = head(features, 1), head(features[order], 1)
+    torch.testing.assert_close(permuted.view(3, 2, 3), scores.view(3, 2, 3)[order][:, :, order])
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("n_shot", [1, 3])
+def test_heads_tell_classes_apart_that_features_tell_apart(head, n_shot):
+    """After some steps on features of separate classes, new ones are classified; queries come ordered by class.
+
+    The GNN takes long to learn that: for it the classes stay the same, and their noise is new.
+    """
+    shape = (5, 7, 7) if head in ON_MAPS else (5,)
+    torch.manual_seed(0)
+    module = HEADS[head](shape, 5)
+    always = 3 * torch.randn(5, 1, 5)
+
+    def episode():
+        centres = always if head == "gnn" else 3 * torch.randn(5, 1, 5, *[1] * (len(shape) - 1))
+        return centres + 0.3 * torch.randn(5, n_shot + 2, *shape)
+
+    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3) if list(module.parameters()) else None
+    for _ in range(0 if optimizer is None else 60 if head == "gnn" else 150):
+        optimizer.zero_grad()
+        episode_loss(module(episode(), n_shot), head).backward()
+        optimizer.step()
+    scores = [module(episode(), n_shot) for _ in range(20)]
+    hits = torch.cat([s.argmax(1) == episode_targets(s) for s in scores]).float().mean()
+    assert hits > 0.5  # chance is 0.2
+
+
+def test_transformation_scales_and_shifts_each_channel_in_training_only():
+    module, h = FeatureWiseTransformation(3), torch.randn(4, 3, 5, 5)
+    assert module.eval()(h) is h
+    module.train()
+    torch.manual_seed(1)
+    out = module(h)
+    torch.manual_seed(1)
+    n1, n2 = torch.randn(2, 1, 3, 1, 1)
+    torch.testing.assert_close(out, (1 + 0.3 * n1) * h + 0.5 * n2)  # softplus with β = 100 is the identity here
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "shape", "n_layers"),
+    [
+        ("conv4", 84, (64, 21, 21), 4),
+        ("conv6", 84, (64, 21, 21), 6),
+        ("resnet10", 224, (512, 7, 7), 4 + 3),
+        ("resnet18", 64, (512, 2, 2), 8 + 3),
+        ("resnet34", 84, (512, 3, 3), 16 + 3),
+        ("resnet50", 64, (2048, 2, 2), 16 + 4),
+    ],
+)
+def test_backbones(backbone, size, shape, n_layers):
+    with torch.device("meta"):
+        encoder = Encoder(backbone, size, maps=True)
+        assert encoder(torch.empty(2, 3, size, size)).shape == (2, *encoder.shape) == (2, *shape)
+        vectors = Encoder(backbone, size, maps=False)
+        assert vectors(torch.empty(2, 3, size, size)).shape == (2, *vectors.shape)
+    assert len(transformations(encoder)) == n_layers
+
+
+@pytest.mark.parametrize(("backbone", "head"), [*(("conv4", head) for head in HEADS), ("resnet10", "relationnet")])
+def test_mixed_mode_is_exact_for_every_head(backbone, head, float64):
+    model = FewShotModel(backbone, head, 3, 32, 4, width=6)
+    seen, unseen = torch.randn(2, 3, 1 + 2, 3, 32, 32)
+    hyperparameters = [p for module in transformations(model).values() for p in module.parameters()]
+    own = {id(p) for p in hyperparameters}
+    names = [n for n, p in model.named_parameters() if id(p) not in own and not n.startswith("classifier.")]
+
+    def train_loss(model):
+        model.train()
+        return episode_loss(model(seen, 1), head)
+
+    def val_loss(model):
+        model.eval()
+        return episode_loss(model(unseen, 1), head)
+
+    grads = []
+    for method, settings in ((unrolled, {}), (evograd.mixed_mode, {"lookahead": "sgd"})):
+        torch.manual_seed(3)
+        grads.append(method(train_loss, val_loss, model, hyperparameters, parameters=names, inner_lr=1e-2, **settings).grads)
+    exact, mixed = (torch.cat([g.flatten() for g in gradient]) for gradient in grads)
+    assert exact.norm() > 0
+    assert (mixed - exact).norm() < 1e-8 * exact.norm()
+
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_glyphs():
+    lists = {split: data.draw_glyphs("computer_modern", split, 28) for split in ("base", "val", "novel")}
+    assert lists["base"].pixels.shape[1:] == (1, 28, 28)
+    assert len(lists["base"].classes) > len(lists["novel"].classes) > 10
+    codes = [set(images.labels.tolist()) for images in lists.values()]
+    assert not codes[0] & codes[1] and not codes[0] & codes[2] and not codes[1] & codes[2]
+    assert torch.equal(lists["val"].pixels, data.draw_glyphs("computer_modern", "val", 28).pixels)
+    assert all(lists["val"].pixels.flatten(1).any(1))
+
+
+def some_images(n_classes=6, n_images=8, size=4):
+    labels = np.repeat(10 * np.arange(n_classes), n_images)
+    pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+    return data.Images("some", "base", labels, [], size, pixels.contiguous())
+
+
+def test_an_episode_has_different_images_of_different_classes():
+    images = some_images()
+    index = images.episode(np.random.default_rng(0), 5, 7)
+    assert index.shape == (5, 7)
+    assert len(np.unique(index)) == 35
+    labels = images.labels[index]
+    assert (labels == labels[:, :1]).all() and len(np.unique(labels[:, 0])) == 5
+    assert torch.equal(images.load(index)[:, :, 0, 0, 0], torch.from_numpy(index).to(torch.uint8))
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_steps_depend_on_seed_and_number_alone(n_workers):
+    domains = [some_images(), some_images(7), some_images(8)]
+    steps = data.TrainingSteps(domains, 3, 2, 5, 6, 4, with_unseen=True)
+    without = data.TrainingSteps(domains, 3, 2, 5, 6, 4, with_unseen=False)
+    loaded = list(data.stream(steps, range(4), n_workers, pin=False))
+    for t, batch in enumerate(loaded):
+        assert all(torch.equal(a, b) for a, b in zip(batch, steps[t]))
+        assert torch.equal(batch[0], without[t][0]) and without[t][1].numel() == 0
+        assert batch[3].max() < 6  # classes are numbered from zero
+    assert not torch.equal(loaded[0][0], loaded[1][0])
+    other = data.TrainingSteps(domains, 4, 2, 5, 6, 4, with_unseen=True)
+    assert not torch.equal(loaded[0][0], other[0][0])
+    pairs = [data.domain_pair(3, epoch, 3) for epoch in range(50)]
+    assert all(seen != unseen for seen, unseen in pairs) and len(set(pairs)) == 6
+
+
+def test_augmentation_is_drawn_for_each_image_from_the_generator():
+    images = torch.randint(0, 256, (2, 3, 3, 20, 20), dtype=torch.uint8)
+    images[1] = images[0]
+    first = data.augmented(images, 16, torch.Generator().manual_seed(1))
+    assert first.shape == (2, 3, 3, 16, 16)
+    assert torch.equal(first, data.augmented(images, 16, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first[0], first[1])
+    middle = data.centred(images, 16)
+    torch.testing.assert_close(middle[0, 0, 0], (images[0, 0, 0, 2:18, 2:18] / 255 - 0.485) / 0.229)
+
+
+# --- scripts on glyphs -------------------------------------------------------------------------------------------------
+
+TINY = ["--device", "cpu", "--width", "4", "--n-query", "2", "--epochs", "2", "--episodes", "2", "--test-episodes", "4"]
+TINY += ["--auxiliary-batch", "4", "--seen", "computer_modern", "stix", "--held-out", "serif"]
+
+
+def run(tmp_path, method, *extra):
+    out = tmp_path / "runs.jsonl"
+    train.main(["--method", method, *TINY, "--out", str(out), *extra])
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run of each method."""
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, {method: run(folder, method) for method in train.METHODS}
+
+
+def file_of(folder, method):
+    return str(folder / "checkpoints" / f"glyphs-serif-conv4-relationnet-1shot-{method}-seed1.pt")
+
+
+def test_every_method_runs_and_leaves_a_record(trained):
+    for method, record in trained[1].items():
+        assert record["experiment"] == "cross_domain_fewshot"
+        assert record["config"]["method"] == method
+        assert 0 < record["metrics"]["accuracy"] <= 100
+        assert not any("/" in str(value) for value in record["config"].values())
+        if method in ("none", "fixed"):
+            assert "gamma" not in record["metrics"]
+        else:
+            assert len(record["metrics"]["gamma"]) == 2 and len(record["metrics"]["gamma"][0]) == 4
+            assert record["metrics"]["gamma"][1] != record["metrics"]["gamma"][0]
+
+
+def test_checkpoints_hold_what_is_needed_to_go_on(trained):
+    folder, _ = trained
+    for method in train.METHODS:
+        state = train.load_checkpoint(file_of(folder, method))
+        assert {"config", "epoch", "model", "optimizer", "transform_optimizer", "history", "draws"} <= set(state)
+        gammas = [p for name, p in state["model"].items() if name.endswith(".gamma")]
+        moved = any((p - 0.3).abs().max() > 1e-4 for p in gammas)
+        assert (len(gammas), moved) == (0 if method == "none" else 4, method not in ("none", "fixed"))
+
+
+def test_checkpoints_are_scored_on_the_same_episodes(trained, capsys, tmp_path):
+    folder, records = trained
+    files = [file_of(folder, method) for method in ("fixed", "evograd")]
+    out = tmp_path / "tests.jsonl"
+    evaluate.main([*files, "--domain", "serif", "--episodes", "4", "--device", "cpu", "--out", str(out)])
+    lines = [json.loads(line)["metrics"] for line in out.read_text().splitlines()]
+    for line, method in zip(lines, ("fixed", "evograd")):
+        assert line["accuracy"] == pytest.approx(records[method]["metrics"]["accuracy"])
+    assert lines[1]["difference"] == pytest.approx(lines[1]["accuracy"] - lines[0]["accuracy"], abs=1e-4)
+    assert "to the first" in capsys.readouterr().out
+
+
+def test_same_seed_same_run(tmp_path):
+    assert run(tmp_path, "evograd")["metrics"] == run(tmp_path, "evograd")["metrics"]
+    other = run(tmp_path, "evograd", "--common-random-numbers")["metrics"]
+    assert other != run(tmp_path, "evograd")["metrics"]
+
+
+def test_hypergradients_see_the_draws_of_the_update(tmp_path):
+    """Guided candidates, mixed mode and T1-T2 take the training loss with the noise of the model's own update."""
+    for method in train.AROUND_THE_UPDATE:
+        args = train.parse_args(["--method", method, *TINY, "--out", str(tmp_path / "runs.jsonl")])
+        trainer = train.Trainer(args, 4)
+        losses = []
+        estimator = trainer.estimator
+
+        def spy(train_loss, *rest, parameters, **around):
+            losses.append(torch.func.functional_call(Call(trainer.model, train_loss), prefixed(parameters), ()).item())
+            torch.manual_seed(0)
+            assert (set(around) == {"lookahead"}) == (method in train.LOOKAHEAD)
+            return estimator(train_loss, *rest, parameters=parameters, **around)
+
+        trainer.estimator = spy
+        seen, unseen = torch.randn(2, 5, 3, 3, 28, 28)
+        loss = trainer.step(seen, unseen, torch.randn(4, 3, 28, 28), torch.arange(4), 1.0)
+        assert loss.item() == pytest.approx(losses[0], rel=1e-5)
+
+
+class Call(torch.nn.Module):
+    def __init__(self, model, closure):
+        super().__init__()
+        self.model, self.closure = model, closure
+
+    def forward(self):
+        return self.closure(self.model)
+
+
+def prefixed(parameters):
+    return {f"model.{name}": p for name, p in parameters.items()}
+
+
+def test_encoder_is_handed_over(tmp_path, capsys):
+    file = tmp_path / "encoder.pt"
+    common = ["--domain", "computer_modern", "--width", "4", "--epochs", "1", "--device", "cpu", "--batch-size", "64"]
+    pretrain.main([*common, "--out", str(file)])
+    weights = train.load_checkpoint(file)["encoder"]
+    for method in ("none", "evograd"):
+        args = train.parse_args(["--method", method, *TINY, "--encoder", str(file), "--out", str(tmp_path / "runs.jsonl")])
+        model = train.Trainer(args, 4).model
+        train.load_encoder(model, args)
+        convolutions = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert all(torch.equal(m.weight, w) for m, w in zip(convolutions, (w for w in weights.values() if w.ndim == 4)))
+    assert run(tmp_path, "none", "--encoder", str(file))["config"]["pretrained"] is True
+    for backbone in ("conv6", "resnet10"):
+        wrong = ["--backbone", backbone, "--image-size", "32", "--encoder", str(file)]
+        with pytest.raises(SystemExit):
+            run(tmp_path, "none", *wrong)
+        assert f"is of --backbone conv4; this run has --backbone {backbone}" in capsys.readouterr().err
+
+
+def test_quality(trained, tmp_path, capsys):
+    folder, _ = trained
+    out = tmp_path / "quality.jsonl"
+    quality.main([file_of(folder, "evograd_guided"), "--steps", "2", "--device", "cpu", "--out", str(out)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {record["experiment"] for record in records} == {"cross_domain_fewshot_quality"}
+    metrics = {record["config"]["estimator"]: record["metrics"] for record in records}
+    assert metrics["mixed_mode"]["cosine"] > 0.999
+    assert metrics["mixed_mode"]["cosine_beta"] > 0.999
+    assert set(metrics) >= {f"evograd_k{k}_{kind}" for k in (2, 10, 50) for kind in ("fresh", "common")}
+    assert abs(metrics["evograd_k2_fresh"]["cosine"]) < 0.9
+
+
+def test_figures(trained):
+    folder, _ = trained
+    plot.main([str(folder / "runs.jsonl"), "--out-dir", str(folder)])
+    for name in ("accuracy", "transformations"):
+        assert (folder / f"cross_domain_fewshot_{name}_glyphs_conv4_relationnet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_paper_size_keeps_the_promises():
+    """Counted on tensors without values, so nothing of that size is computed."""
+    cost = {method: compare.counted(method, "resnet10", 224) for method in ("fixed", "evograd")}
+    assert cost["evograd"].peak_bytes <= 1.03 * cost["fixed"].peak_bytes
+    assert cost["evograd"].flops <= 2450e9
+    assert cost["fixed"].flops <= 0.62 * 1223e9
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def write_domain(root, domain, n_classes=8, n_images=4):
+    rng = np.random.default_rng(0)
+    for c in range(n_classes):
+        folder = root / "images" / domain / f"class{c}"
+        folder.mkdir(parents=True)
+        for i in range(n_images):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    prepare.main(["folders", str(root / "images" / domain), "--domain", domain, "--out", str(root / "lists")])
+
+
+FILES = ["--data", "filelists", "--backbone", "conv4", "--image-size", "16", "--width", "4", "--n-way", "2", "--n-query", "2"]
+FILES += ["--epochs", "1", "--episodes", "2", "--test-episodes", "3", "--device", "cpu", "--auxiliary-batch", "2"]
+
+
+@pytest.fixture
+def lists(tmp_path, capsys):
+    for domain in ("a", "b", "c"):
+        write_domain(tmp_path, domain)
+    capsys.readouterr()
+    return tmp_path
+
+
+def train_on_files(root, *extra):
+    arguments = [*FILES, "--data-dir", str(root / "lists"), "--out", str(root / "runs.jsonl")]
+    train.main([*arguments, "--seen", "a", "b", "--held-out", "c", *extra])
+
+
+def test_file_lists(lists):
+    content = {split: json.loads((lists / "lists" / "a" / f"{split}.json").read_text()) for split in prepare.SPLITS}
+    assert [len(set(content[split]["image_labels"])) for split in prepare.SPLITS] == [4, 2, 2]
+    assert all(c["label_names"] == [f"class{i}" for i in range(8)] for c in content.values())
+    train_on_files(lists, "--method", "evograd")
+    in_memory = json.loads((lists / "runs.jsonl").read_text().splitlines()[-1])
+    train_on_files(lists, "--method", "evograd", "--cache-gb", "0", "--workers", "1")
+    by_workers = json.loads((lists / "runs.jsonl").read_text().splitlines()[-1])
+    assert in_memory["metrics"] == by_workers["metrics"] and in_memory["config"] == by_workers["config"]
+
+
+def test_bad_file_lists(lists, capsys):
+    def message(*extra):
+        with pytest.raises(SystemExit) as ended:
+            train_on_files(lists, *extra)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert "domain 'cub' is not there" in (text := message("--held-out", "cub")) and "a, b, c" in text
+    assert "an episode needs 14 of each class" in (text := message("--n-query", "13")) and "has 4 images" in text
+    assert "a/base has 4 classes; an episode needs 5" in message("--n-way", "5")
+    for i in range(4):
+        (lists / "images" / "b" / "class2" / f"{i}.png").unlink()
+    text = message()
+    assert "4 of 16 images are missing" in text and "class2/0.png" in text and "class2/2.png" in text
+    assert "class2/3.png" not in text
+    (lists / "lists" / "a" / "base.json").write_text("{")
+    assert "base.json is no file list" in message()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--held-out", "stix", "--seen", "stix", "sans"], ["--held-out stix is among the seen domains"]),
+        (["--held-out", "serif", "--seen", "sans"], ["--seen sans", "two or more"]),
+        (["--held-out", "comic"], ["domain 'comic' is not there", "computer_modern"]),
+        (["--method", "fixed", "--transform-lr", "0.1"], ["--transform-lr", "fixed does not read it"]),
+        (["--method", "mixed_mode", "--sigma", "0.1"], ["--sigma", "mixed_mode does not read it"]),
+        (["--encoder", "nowhere.pt"], ["no checkpoint nowhere.pt"]),
+        (["--backbone", "vgg"], ["vgg", "resnet10"]),
+        (["--head", "linear"], ["linear", "protonet"]),
+    ],
+)
+def test_bad_input(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "runs.jsonl")])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_bad_checkpoints(trained, tmp_path, capsys):
+    folder, _ = trained
+    good = file_of(folder, "evograd")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(Path(good).read_bytes()[:1000])
+    for arguments, words in (
+        ([good, "--head", "gnn"], "is of --head relationnet; --head gnn was asked for"),
+        ([good, "--backbone", "resnet18"], "is of --backbone conv4; --backbone resnet18 was asked for"),
+        ([str(broken)], "broken.pt is no checkpoint, or not whole"),
+        ([str(tmp_path / "none.pt")], "no checkpoint"),
+        ([good, "--n-query", "40"], "an episode needs 41 of each class"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main([*arguments, "--domain", "serif", "--device", "cpu"])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_prepare_counts(tmp_path, capsys):
+    write_domain(tmp_path, "few")
+    for kind, words in (("cub", "images is not there"), ("plantae", "gives 8 classes for plantae; 200 are needed")):
+        with pytest.raises(SystemExit) as ended:
+            prepare.main([kind, str(tmp_path / "images" / "few"), "--out", str(tmp_path)])
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_print_gives_one_command_a_line():
+    environment = {**os.environ, "PYTHON": sys.executable, "BACKBONES": "resnet10", "SEEDS": "1 2"}
+    command = ["bash", "cross_domain_fewshot/run.sh", "--print", "--data", "filelists", "--data-dir", "a folder"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 1 + 4 * 2 * 6 * 2
+    assert "cross_domain_fewshot.pretrain" in lines[0] and "--domain miniImagenet" in lines[0]
+    assert all("--data-dir a\\ folder" in line for line in lines)
+    args = train.parse_args(lines[-1].replace("a\\ folder", "folder").split("train ")[1].split())
+    assert isinstance(args, argparse.Namespace) and args.seen == ["miniImagenet", "cub", "cars", "places"]
