@@ -28,7 +28,7 @@ class Sentence:
 
 
 def read_split(data: str, data_dir: str, language: str, split: str) -> list[Sentence]:
-    """The sentences of data_dir/language/split. FileNotFoundError or ValueError names the file, and the line if there is one."""
+    """The sentences of data_dir/language/split. FileNotFoundError or ValueError names the file, and the line."""
     folder = Path(data_dir) / language
     path = folder / split
     if not folder.is_dir():
@@ -170,7 +170,7 @@ class Corpus:
 def load(
     data: str, data_dir: str, source: str, target: str, *, source_size: int, target_size: int, dev_size: int | None, seed: int
 ) -> Corpus:
-    """`source_size` and `target_size` training sentences, drawn by `seed`; the first `dev_size` dev sentences; all test sentences."""
+    """Training sentences drawn by `seed`, the first `dev_size` dev sentences (None: all), and all test sentences."""
     if data == "toy":
         for language in (source, target):
             if language not in ("north", "south"):
@@ -224,14 +224,13 @@ class Batch:
 
     def split(self, n: int) -> list[Batch]:
         """At most n batches of about as many sentences each."""
-        parts, length = [], self.input_ids.shape[1]
-        for rows in torch.arange(len(self.counts)).tensor_split(n):
-            if len(rows):
-                a, b = int(rows[0]), int(rows[-1]) + 1
-                words = slice(sum(self.counts[:a]), sum(self.counts[:b]))
-                mask = None if self.attention_mask is None else self.attention_mask[a:b]
-                positions = self.positions[words] - a * length
-                parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], self.counts[a:b]))
+        parts, length, rows = [], self.input_ids.shape[1], len(self.counts)
+        n = min(n, rows)
+        for a, b in ((i * rows // n, (i + 1) * rows // n) for i in range(n)):
+            words = slice(sum(self.counts[:a]), sum(self.counts[:b]))
+            mask = None if self.attention_mask is None else self.attention_mask[a:b]
+            positions = self.positions[words] - a * length
+            parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], self.counts[a:b]))
         return parts
 
 

@@ -166,7 +166,8 @@ def load_encoder(encoder: str):
     if not tokenizer.is_fast:
         raise ValueError(f"--encoder {encoder}: its tokenizer is not a fast one, and only those tell the words of sub-words")
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # nothing here reads it
+        del model.pooler  # nothing here reads it
+        model.pooler = None  # an attribute and no submodule: `higher` cannot copy submodules that are None
     return model, tokenizer
 
 

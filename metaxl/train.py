@@ -39,7 +39,7 @@ TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η. Where the lookahead is given it is only the scale of the hypergradient; second_order takes the model's learning rate.
 INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1}
 SIGMA = {"evograd": 1e-3}
-RADIUS = 0.1  # of guided candidates: σ√P, whatever P is
+RADIUS = 0.2  # of guided candidates: σ√P, whatever P is
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
 RTN = ("perturb", "rtn_lr", "rtn_layers")
 READS = {
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     parser.add_argument("--source-size", type=cli.at_least(1), help=f"training sentences; {by_data('source_size')}")
     parser.add_argument("--target-size", type=cli.at_least(2), default=100, help="training sentences")
     parser.add_argument("--dev-size", type=cli.at_least(1), help="dev sentences, the first ones; default: all")
-    parser.add_argument("--max-length", type=cli.at_least(4), help=f"sub-words of a sentence; {by_data('max_length')}")
+    parser.add_argument("--max-length", type=cli.at_least(4), help=f"sub-words of a training sentence; {by_data('max_length')}")
     parser.add_argument("--epochs", type=cli.at_least(1), help=f"of the source sentences; {by_data('epochs')}")
     parser.add_argument("--batch-size", type=cli.at_least(2), default=12, help="source sentences, and as many target sentences")
     parser.add_argument("--accumulate", type=cli.at_least(1), default=1, metavar="N", help="work a batch off in N parts")
@@ -115,7 +115,7 @@ class Trainer:
     """Tagger, its RTN, their optimizers and one step of each: what train and compare both need."""
 
     def __init__(self, args, model, n_steps):
-        self.args, self.model = args, model.to(args.device)
+        self.args, self.model = args, model
         self.hyperparameters, theta = model.hyperparameters(), model.theta()
         self.perturbed = "head." if args.perturb == "head" else ""
         if args.method == "evograd_guided" and args.sigma is None:
@@ -127,7 +127,8 @@ class Trainer:
         decay = lambda step: min((step + 1) / warm_up, max(0.0, (n_steps - step) / max(1, n_steps - warm_up)))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, decay)
         if self.estimator is not None:
-            self.rtn_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.rtn_lr)
+            # T1-T2 hypergradients of an inner step of 3e-5 are no larger than Adam's usual eps, which would hold the RTN still.
+            self.rtn_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.rtn_lr, eps=1e-15)
 
     def step(self, step):
         """The model's update, then the RTN's. Returns the training loss."""
@@ -164,7 +165,7 @@ class Trainer:
         source, target, val = step.source, step.target, step.val
 
         if self.args.perturb == "head":
-            # The encoder is the same for all candidates: one pass for each batch. Only the RTN, and what lies above it, has a graph.
+            # The encoder is the same for all candidates: one pass for each batch. The RTN and what lies above it have a graph.
             with torch.no_grad():
                 x_target, x_val = self.model.cached_features(target), self.model.cached_features(val)
             x_source = self.model.cached_features(source, transform=True)
@@ -281,17 +282,21 @@ def prepare(args):
         encoder, tokenizer = tiny_encoder(corpus.source + corpus.target["train"])
     else:
         encoder, tokenizer = load_encoder(args.encoder)
-    if args.max_length > longest(encoder, tokenizer):
+    limit = longest(encoder, tokenizer)
+    if args.max_length > limit:
         raise ValueError(
-            f"--max-length {args.max_length} is longer than the limit of the encoder {encoder_name(args.encoder)}, "
-            f"{longest(encoder, tokenizer)} sub-words"
+            f"--max-length {args.max_length} is longer than the encoder's limit: {encoder_name(args.encoder)} takes {limit} sub-words"
         )
     if args.gradient_checkpointing and not encoder.supports_gradient_checkpointing:
         raise ValueError(f"--gradient-checkpointing: {type(encoder).__name__} has none")
     rtn_layers = (args.rtn_layers or [encoder.config.num_hidden_layers]) if READS[args.method] else ()
     seed_everything(args.seed)  # the head is drawn before the RTN: the same for every method
-    model = Tagger(encoder, len(corpus.labels), rtn_layers)
-    examples = {name: Examples(some, tokenizer, corpus.labels, args.max_length, args.data) for name, some in sentences.items()}
+    model = Tagger(encoder, len(corpus.labels), rtn_layers).to(args.device)
+    # Training sentences are cut at --max-length, the others only where the encoder ends.
+    examples = {
+        name: Examples(some, tokenizer, corpus.labels, args.max_length if name in ("source", "train") else limit, args.data)
+        for name, some in sentences.items()
+    }
     return model, examples, corpus.labels
 
 
@@ -301,9 +306,9 @@ def main(argv=None):
         check_writable(args.out)
         model, examples, labels = prepare(args)
     what = f"metaxl {args.data} {args.source}-{args.target} {args.method} seed {args.seed}"
-    cut = sum(e.n_cut for e in examples.values())
+    cut = {name: e.n_cut for name, e in examples.items() if e.n_cut}
     if cut:
-        print(f"{what}: {cut} sentences are longer than --max-length {args.max_length}; they are cut, lost words count as O")
+        print(f"{what}: sentences that are too long and are cut: {cut}. In dev and test the lost words count as O")
     steps_an_epoch = max(1, len(examples["source"]) // args.batch_size)
     trainer = Trainer(args, model, args.epochs * steps_an_epoch)
     model.train()
