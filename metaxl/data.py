@@ -148,7 +148,7 @@ def toy_language(name: str) -> dict[str, list[Sentence]]:
         words, tags = zip(*(pair for part in parts for pair in part), (".", "O"))
         return Sentence(list(words), list(tags))
 
-    return {split: [sentence() for _ in range(n)] for split, n in (("train", 1000), ("dev", 200), ("test", 500))}
+    return {split: [sentence() for _ in range(n)] for split, n in (("train", 1000), ("dev", 200), ("test", 400))}
 
 
 def _word(draw: random.Random, consonants: str, vowels: str, syllables: int) -> str:

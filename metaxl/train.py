@@ -31,7 +31,7 @@ from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
 METHODS = ("joint_training", "target_only", "evograd", "evograd_guided", "mixed_mode", "second_order")
 # By data set: languages, encoder, epochs (of the source sentences), sentences, longest sentence, learning rates of θ and of λ.
 REAL = dict(source="en", encoder="xlm-roberta-base", epochs=20, source_size=5000, max_length=200, lr=3e-5, rtn_lr=1e-6)
-TOY = dict(source="north", encoder="tiny", epochs=6, source_size=1000, max_length=64, lr=1e-3, rtn_lr=1e-3)
+TOY = dict(source="north", encoder="tiny", epochs=6, source_size=600, max_length=64, lr=1e-3, rtn_lr=1e-3)
 DEFAULTS = {"toy": TOY | {"target": "south"}, "ner": REAL | {"target": "qu"}, "sentiment": REAL | {"target": "fa"}}
 # Whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
 PERTURB = {"evograd": "head", "evograd_guided": "all", "mixed_mode": "all", "second_order": "all"}
@@ -285,7 +285,8 @@ def prepare(args):
     limit = longest(encoder, tokenizer)
     if args.max_length > limit:
         raise ValueError(
-            f"--max-length {args.max_length} is longer than the encoder's limit: {encoder_name(args.encoder)} takes {limit} sub-words"
+            f"--max-length {args.max_length} is longer than the limit of the encoder: "
+            f"{encoder_name(args.encoder)} takes {limit} sub-words"
         )
     if args.gradient_checkpointing and not encoder.supports_gradient_checkpointing:
         raise ValueError(f"--gradient-checkpointing: {type(encoder).__name__} has none")
