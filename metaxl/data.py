@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -105,6 +106,7 @@ def download_wikiann(data_dir: str, language: str) -> None:
 # --- two generated languages -------------------------------------------------------------------------------------------
 
 
+@lru_cache
 def toy_language(name: str) -> dict[str, list[Sentence]]:
     """Sentences of "north" (the source) or "south" (the target), always the same ones.
 

@@ -131,13 +131,16 @@ class Tagger(nn.Module):
     @contextmanager
     def checkpointing(self, on: bool):
         """Gradient checkpointing inside of the block, if `on`, by the encoder's own switch."""
-        if on:
-            self.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if not on:
+            yield
+            return
+        new = hasattr(self.encoder, "activation_checkpointing_enable")  # its name from transformers 5 on
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
+        getattr(self.encoder, f"{name}_enable")({"use_reentrant": False})
         try:
             yield
         finally:
-            if on:
-                self.encoder.gradient_checkpointing_disable()
+            getattr(self.encoder, f"{name}_disable")()
 
 
 def encoder_name(encoder: str) -> str:
@@ -179,7 +182,7 @@ def tiny_encoder(sentences: Sequence[Sentence]):
     special = ["<s>", "<pad>", "</s>", "<unk>"]  # XLM-R's, with its ids
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
     made.train_from_iterator((word for s in sentences for word in s.words), trainer)
     made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(

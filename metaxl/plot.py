@@ -84,8 +84,9 @@ def plot_gates(languages, path):
         axis.set_xticks(range(len(layers)), layers)
         axis.set_xlabel("RTN after layer")
         axis.set_title(language, fontsize=10)
-        axis.set_ylim(0, 1)
-        axis.legend(fontsize=6, ncols=2, loc="lower right")
+        axis.set_ylim(0, 1.4)  # room for the legend
+        axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axis.legend(fontsize=6, ncols=2, loc="upper center")
     axes[0][0].set_ylabel("mean of the gate, sigmoid(g)")
     figure.savefig(path, dpi=130)
     plt.close(figure)

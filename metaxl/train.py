@@ -199,8 +199,8 @@ class Trainer:
 
 
 def cross_entropy(scores, batch):
-    """The mean over the labelled words."""
-    return F.cross_entropy(scores.float(), batch.labels)
+    """The mean over the labelled words, in float32 at least."""
+    return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.labels)
 
 
 def steps(args, source, target):
