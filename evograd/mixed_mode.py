@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
 
@@ -56,7 +58,8 @@ def mixed_mode(
         # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
         with problem.replay(draws):
             try:
-                loss, slope = torch.func.jvp(lambda theta: problem.loss(train_loss, theta), (problem.theta,), (gradient,))
+                with _PlainNorms():
+                    loss, slope = torch.func.jvp(lambda theta: problem.loss(train_loss, theta), (problem.theta,), (gradient,))
             except NotImplementedError as error:
                 raise NotImplementedError(
                     "mixed_mode takes train_loss in forward mode, and an operation in it has no formula for that: "
@@ -69,3 +72,37 @@ def mixed_mode(
     losses = loss.detach().reshape(1)
     check_finite(losses, val)
     return Hypergradient(grads, val, losses, torch.ones_like(losses))
+
+
+class _PlainNorms(TorchFunctionMode):
+    """Layer and batch normalisation by elementary operations.
+
+    PyTorch's forward-mode formulas of the fused ones take their mean and deviation for constants when they are differentiated
+    in reverse mode, and so give a wrong hypergradient, without an error, where λ enters below one.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        plain = {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm}.get(function, function)
+        return plain(*args, **(kwargs or {}))
+
+
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    dims = tuple(range(-len(normalized_shape), 0))
+    return _normalized(input, input.mean(dims, keepdim=True), input.var(dims, correction=0, keepdim=True), weight, bias, eps)
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """Running statistics are read but not gathered: those of an estimator's passes are thrown away."""
+    dims = (0, *range(2, input.dim()))
+    row = lambda t: None if t is None else t.view(-1, *[1] * (input.dim() - 2))
+    if training:
+        mean, variance = input.mean(dims), input.var(dims, correction=0)
+    else:
+        mean, variance = running_mean, running_var
+    return _normalized(input, row(mean), row(variance), row(weight), row(bias), eps)
+
+
+def _normalized(input, mean, variance, weight, bias, eps):
+    result = (input - mean) * (variance + eps).rsqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
