@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 import evograd
@@ -84,10 +85,11 @@ def test_a_perturbed_head_runs_the_encoder_once_for_each_batch_without_graph():
     assert all(p.requires_grad for p in t.model.parameters())
 
 
-def test_mixed_mode_is_t1_t2_of_the_whole_model(float64):
-    t, s = trainer("second_order", "--inner-lr", "0.1", rtn_layers=(1, 2)), step()
+@pytest.mark.parametrize("rtn_layers", [(2,), (1,), (1, 2)])
+def test_mixed_mode_is_t1_t2_of_the_whole_model(rtn_layers, float64):
+    t, s = trainer("second_order", "--inner-lr", "0.1", rtn_layers=rtn_layers), step()
     exact = t.hypergradient(s)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         mixed = evograd.mixed_mode(*uncached(s), t.model, t.hyperparameters, inner_lr=0.1, lookahead="sgd")
     for ours, theirs in zip(mixed.grads, exact.grads):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-14)
@@ -147,11 +149,13 @@ def test_accumulation_and_checkpointing_change_nothing(method, extra, float64):
 
 def test_gradient_checkpointing_is_on_in_the_model_s_update_alone():
     t = trainer("evograd_guided", "--gradient-checkpointing")
-    seen = []
-    t.model.encoder.register_forward_pre_hook(lambda m, i: seen.append(m.is_gradient_checkpointing))
+    seen, layer = [], t.model.encoder.encoder.layer[0]
+    layer.register_forward_pre_hook(lambda m, i: seen.append(m.gradient_checkpointing))
     t.step(step())
     assert seen[:2] == [True, True]
-    assert not any(seen[2:])
+    assert len(seen) > 4
+    assert seen.count(True) <= 4  # recomputed in the backward pass
+    assert not any(seen[4:])
 
 
 def test_amp_is_for_the_model_s_update_alone():
@@ -415,9 +419,11 @@ def test_sentiment(method, tmp_path, capsys):
 
 
 def test_evograd_costs_little_more_than_joint_training_of_xlm_r_base(monkeypatch):
+    """With four of its twelve layers, which is less to wait for."""
     monkeypatch.setattr(compare, "METHODS", ("joint_training", "evograd"))
+    monkeypatch.setitem(compare.XLM_R, "base", {**compare.XLM_R["base"], "num_hidden_layers": 4})
     costs = compare.architecture_costs("base", length=64, batch_size=12)
-    assert costs["plain"]["peak_bytes"] > 4 * 4 * 270e6  # parameters, gradients and Adam's two averages
+    assert costs["plain"]["peak_bytes"] > 4 * 4 * 220e6  # parameters, gradients and Adam's two averages
     assert costs["evograd"]["peak_over_plain"] <= 1.05
     assert costs["evograd"]["flops_over_plain"] <= 1.3
 
