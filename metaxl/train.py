@@ -11,6 +11,7 @@ other half of each batch of target sentences. Dev F1 chooses the epoch whose par
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from dataclasses import dataclass
 from time import perf_counter
@@ -31,7 +32,7 @@ from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
 METHODS = ("joint_training", "target_only", "evograd", "evograd_guided", "mixed_mode", "second_order")
 # By data set: languages, encoder, epochs (of the source sentences), sentences, longest sentence, learning rates of θ and of λ.
 REAL = dict(source="en", encoder="xlm-roberta-base", epochs=20, source_size=5000, max_length=200, lr=3e-5, rtn_lr=1e-6)
-TOY = dict(source="north", encoder="tiny", epochs=6, source_size=600, max_length=64, lr=1e-3, rtn_lr=1e-3)
+TOY = dict(source="north", encoder="tiny", epochs=5, source_size=1000, max_length=64, lr=1e-3, rtn_lr=1e-3)
 DEFAULTS = {"toy": TOY | {"target": "south"}, "ner": REAL | {"target": "qu"}, "sentiment": REAL | {"target": "fa"}}
 # Whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
 PERTURB = {"evograd": "head", "evograd_guided": "all", "mixed_mode": "all", "second_order": "all"}
@@ -118,9 +119,12 @@ class Trainer:
         self.args, self.model = args, model
         self.hyperparameters, theta = model.hyperparameters(), model.theta()
         self.perturbed = "head." if args.perturb == "head" else ""
+        self.sigma = args.sigma
         if args.method == "evograd_guided" and args.sigma is None:
-            args.sigma = RADIUS / sum(p.numel() for p in (model.head.parameters() if args.perturb == "head" else theta)) ** 0.5
-        self.estimator = cli.estimators(args).get(args.method)  # none for joint_training and target_only
+            n_perturbed = sum(p.numel() for p in (model.head.parameters() if args.perturb == "head" else theta))
+            self.sigma = RADIUS / n_perturbed**0.5
+        # none for joint_training and target_only
+        self.estimator = cli.estimators(argparse.Namespace(**{**vars(args), "sigma": self.sigma})).get(args.method)
         self.theta = theta
         self.optimizer = torch.optim.Adam(theta, lr=args.lr)
         warm_up = max(1, n_steps // 10)
@@ -347,6 +351,7 @@ def main(argv=None):
         norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()
         moved = [b - a for a, b in zip(start_of_lambda, last)]
         metrics["rtn_moved"] = norm(moved) / norm(start_of_lambda)  # ‖λ − λ₀‖ / ‖λ₀‖
+        metrics["sigma"] = trainer.sigma
         metrics["gates"] = {
             args.source: gates(model, examples["source"], args.device),
             args.target: gates(model, examples["dev"], args.device),
