@@ -128,11 +128,13 @@ def test_unrolled_perturbs_only_the_named_parameters():
         nn.BatchNorm1d(6),
         nn.BatchNorm1d(6, track_running_stats=False),
         nn.BatchNorm1d(6, affine=False),
+        nn.BatchNorm1d(6).eval(),
         nn.LayerNorm(6),
         nn.LayerNorm(6, bias=False),
+        nn.GroupNorm(2, 6),
         nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, affine=True), nn.Flatten()),
     ],
-    ids=["batch", "batch without running statistics", "batch without weights", "layer", "layer without bias", "instance"],
+    ids=str,
 )
 def test_mixed_mode_with_hyperparameters_before_a_normalization(normalization, float64):
     """There PyTorch's own formulas, reverse over forward, are wrong without a word."""

@@ -1,0 +1,138 @@
+"""What one step of each method costs, measured side by side: time, FLOPs, peak bytes.
+
+    python -m metaxl.compare [--json FILE]                      the tiny encoder for real, XLM-R base and large by architecture
+    python -m metaxl.compare --encoder FOLDER                   an encoder on disk for real
+    python -m metaxl.compare --architectures base --length 48 200
+
+A step is the tagger's update and the RTN's, on 12 source and 12 target sentences of --length sub-words (measured for real: the
+shortest length given), each of them a word; "plain" is joint training's update on the same 24 sentences. Architectures are
+measured in fake tensors: the bytes and FLOPs of a model of any size, which is never made.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from evograd import cli
+from evograd.measuring import compare
+from evograd.records import append_run, seed_everything, write_text
+
+from .data import Batch, toy_language
+from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
+from .train import METHODS, Step, Trainer, parse_args
+
+# What sets XLM-R large apart from XLM-R base, which has 12 layers of 768.
+XLM_R = {
+    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+}
+N_LABELS = 7  # BIO tags of three kinds of entities
+
+
+def random_batch(n, length, n_ids, device):
+    """n sentences without padding; every sub-word but the first and the last one carries a label."""
+    ids = torch.randint(5, n_ids, (n, length), device=device)
+    positions = torch.arange(n * length, device=device).view(n, length)[:, 1:-1].flatten()
+    return Batch(ids, None, positions, torch.randint(N_LABELS, positions.shape, device=device), [length - 2] * n)
+
+
+def trainers_and_steps(make_encoder, length, batch_size, device):
+    """{method: one step of it}, each on an encoder of its own. target_only does less than the others, and is left out."""
+    result = {}
+    for method in METHODS:
+        if method == "target_only":
+            continue
+        args = parse_args(["--method", method, "--device", str(device)])
+        seed_everything(1)
+        encoder = make_encoder()
+        depth, n_ids = encoder.config.num_hidden_layers, encoder.config.vocab_size
+        with torch.device(device):
+            model = Tagger(encoder, N_LABELS, () if method == "joint_training" else (depth,))
+        trainer = Trainer(args, model.train(), n_steps=100)
+        half = batch_size if method == "joint_training" else batch_size // 2
+        step = Step(*(random_batch(n, length, n_ids, device) for n in (batch_size, half)), None)
+        if method != "joint_training":
+            step.val = random_batch(batch_size - half, length, n_ids, device)
+        result["plain" if method == "joint_training" else method] = lambda trainer=trainer, step=step: trainer.step(step)
+    return result
+
+
+def xlm_r(size):
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    special = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
+    config = XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, **special, **XLM_R[size])
+    return XLMRobertaModel(config, add_pooling_layer=False)
+
+
+def architecture_costs(size, length, batch_size):
+    """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
+    with FakeTensorMode():
+        costs = compare(trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu")))
+    plain = costs["plain"]
+    return {
+        method: {
+            "peak_bytes": cost.peak_bytes,
+            "flops": cost.flops,
+            "peak_over_plain": cost.peak_bytes / plain.peak_bytes,
+            "flops_over_plain": cost.flops / plain.flops,
+        }
+        for method, cost in costs.items()
+    }
+
+
+def parse_comparison(argv):
+    parser = cli.comparison_parser(__doc__)
+    parser.add_argument("--encoder", default="tiny", metavar="FOLDER", help="that is measured for real: a folder, or tiny")
+    parser.add_argument("--length", type=cli.at_least(3), nargs="+", default=[64, 200], help="sub-words of the sentences")
+    parser.add_argument("--architectures", nargs="*", choices=tuple(XLM_R), default=tuple(XLM_R), help="of XLM-R")
+    parser.add_argument("--batch-size", type=cli.at_least(2), default=12, help="source sentences, and as many target sentences")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_comparison(argv)
+    real_length = min(args.length)
+    with cli.exit_on_bad_input():
+        if args.encoder == "tiny":
+            sentences = toy_language("north")["train"][:200]
+            make_encoder = lambda: tiny_encoder(sentences)[0].to(args.device)
+            limit = longest(*tiny_encoder(sentences))
+        else:
+            make_encoder = lambda: load_encoder(args.encoder)[0].to(args.device)
+            limit = longest(*load_encoder(args.encoder))
+        if real_length > limit:
+            raise ValueError(f"--length {real_length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
+
+    name = encoder_name(args.encoder)
+    print(f"{name}, {args.batch_size} + {args.batch_size} sentences of {real_length} sub-words, measured")
+    costs = compare(trainers_and_steps(make_encoder, real_length, args.batch_size, args.device), args.repeats)
+    config = {"encoder": name, "length": real_length, "batch_size": args.batch_size}
+    cli.finish_comparison(args, "metaxl", config, costs)
+
+    architectures = []
+    for size in args.architectures:
+        for length in args.length:
+            config = {"encoder": f"xlm-roberta-{size}", "length": length, "batch_size": args.batch_size}
+            methods = architecture_costs(size, length, args.batch_size)
+            architectures.append({**config, "methods": methods})
+            print(f"\nXLM-R {size}, {args.batch_size} + {args.batch_size} sentences of {length} sub-words, by architecture")
+            print(f"{'':16}{'GFLOP':>10}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
+            for method, cost in methods.items():
+                print(
+                    f"{method:16}{cost['flops'] / 1e9:10.1f}{cost['flops_over_plain']:13.3f}"
+                    f"{cost['peak_bytes'] / 1e6:10.1f}{cost['peak_over_plain']:12.3f}"
+                )
+            if args.out:
+                append_run(args.out, "metaxl_architecture", config, methods, {}, args.device)
+    if args.json:
+        written = json.loads(Path(args.json).read_text(encoding="utf-8"))
+        write_text(args.json, json.dumps({**written, "architectures": architectures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Dev F1 over training, and the gates of the RTN, from result lines: python -m metaxl.plot [FILE.jsonl …] [--out-dir DIR]"""
+
+import argparse
+import json
+from collections import defaultdict
+from glob import glob
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from evograd.records import mean_std, read_runs
+from evograd.report import COLOURS
+
+TITLES = {
+    "target_only": "target only",
+    "joint_training": "joint training",
+    "evograd": "EvoGrad",
+    "evograd_guided": "EvoGrad, guided",
+    "mixed_mode": "mixed mode",
+    "second_order": "T1–T2 (higher)",
+}
+LINES = {**COLOURS, "joint_training": COLOURS["baseline"], "target_only": COLOURS["theory"]}
+
+
+def seeds_of_methods(runs):
+    """{method: its runs that differ in nothing but the seed, of the configuration that was run most often}."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[json.dumps({k: v for k, v in run["config"].items() if k != "seed"}, sort_keys=True)].append(run)
+    chosen = {}
+    for group in sorted(groups.values(), key=len, reverse=True):
+        chosen.setdefault(group[0]["config"]["method"], group)
+    return {method: chosen[method] for method in TITLES if method in chosen}
+
+
+def plot_dev_f1(languages, path):
+    """One panel for each target language, one line for each method: mean and standard deviation over seeds."""
+    figure, axes = plt.subplots(1, len(languages), figsize=(1 + 3.4 * len(languages), 3.6), layout="constrained", squeeze=False)
+    for axis, (language, runs) in zip(axes[0], languages.items()):
+        for method, group in seeds_of_methods(runs).items():
+            epochs = zip(*(run["metrics"]["dev_f1_epochs"] for run in group))
+            means, stds, _ = zip(*(mean_std(values) for values in epochs))
+            x = range(1, len(means) + 1)
+            axis.plot(x, means, color=LINES[method], marker="o", ms=3, lw=1.4, label=f"{TITLES[method]} (n = {len(group)})")
+            if stds[0] is not None:
+                low, high = ([m + sign * s for m, s in zip(means, stds)] for sign in (-1, 1))
+                axis.fill_between(x, low, high, color=LINES[method], alpha=0.12, lw=0)
+        axis.set_title(language, fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="lower right")
+    axes[0][0].set_ylabel("dev F1 (%)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def plot_gates(languages, path):
+    """One panel for each pair of languages: the gate's mean by layer, a bar for each method and language."""
+    figure, axes = plt.subplots(
+        1, len(languages), figsize=(1 + 3.4 * len(languages), 3.6), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, (language, runs) in zip(axes[0], languages.items()):
+        bars = {}  # (method, source or target) -> {layer: values of the runs}
+        for method, group in seeds_of_methods(runs).items():
+            for run in group:
+                for side in ("source", "target"):
+                    for layer, gate in run["metrics"]["gates"][run["config"][side]].items():
+                        bars.setdefault((method, side), defaultdict(list))[layer].append(gate)
+        layers = sorted({layer for values in bars.values() for layer in values}, key=int)
+        width = 0.8 / len(bars)
+        for i, ((method, side), values) in enumerate(bars.items()):
+            x = [layers.index(layer) + (i - (len(bars) - 1) / 2) * width for layer in values]
+            means, stds, _ = zip(*(mean_std(gates) for gates in values.values()))
+            name = runs[0]["config"][side]
+            axis.bar(
+                x, means, width, yerr=[s or 0 for s in stds], color=LINES[method], alpha=1 if side == "source" else 0.45,
+                error_kw={"lw": 0.8}, label=f"{TITLES[method]}, {name}",
+            )  # fmt: skip
+        axis.axhline(0.5, color="black", ls="--", lw=0.8)
+        axis.set_xticks(range(len(layers)), layers)
+        axis.set_xlabel("RTN after layer")
+        axis.set_title(language, fontsize=10)
+        axis.set_ylim(0, 1.4)  # room for the legend
+        axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axis.legend(fontsize=6, ncols=2, loc="upper center")
+    axes[0][0].set_ylabel("mean of the gate, sigmoid(g)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", nargs="*", default=sorted(glob("metaxl/results/*.jsonl")), help="result files")
+    parser.add_argument("--out-dir", default="metaxl/results", help="folder of the figures")
+    args = parser.parse_args(argv)
+    missing = [name for name in args.results if not Path(name).is_file()]
+    if missing:
+        parser.error(f"no such file: {', '.join(missing)}")
+    if not args.results:
+        parser.error("no result files in metaxl/results: run the experiment first, or name the files")
+    runs, broken = read_runs(args.results)
+    for line in broken:
+        print(f"left out: {line}")
+    by_data = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run["experiment"] == "metaxl":
+            config = run["config"]
+            by_data[config["data"]][f"{config['source']} → {config['target']}"].append(run)
+    for data, languages in by_data.items():
+        learned = {name: [run for run in runs if "gates" in run["metrics"]] for name, runs in languages.items()}
+        learned = {name: runs for name, runs in learned.items() if runs}
+        for figure, plot, chosen in (("dev_f1", plot_dev_f1, languages), ("gates", plot_gates, learned)):
+            if chosen:
+                path = Path(args.out_dir) / f"metaxl_{figure}_{data}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                plot(chosen, path)
+                print(f"figure: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The paper's table of cross-lingual learning: target languages by methods, five seeds. Further arguments go to every run.
+#   bash metaxl/run.sh                                              the generated languages, seconds to a minute a run
+#   bash metaxl/run.sh --data ner --data-dir DIR [--download]       WikiAnn, English to eight languages, XLM-R base
+#   bash metaxl/run.sh --print --data ner --data-dir DIR            print the commands, one a line, and run nothing
+#   TARGETS="pcm swa hau" SEEDS=1 bash metaxl/run.sh --data ner --data-dir DIR --encoder FOLDER --source-size 1000 --epochs 5
+# JOBS=4 runs four at a time, each with one CPU thread and without progress bars.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+METHODS=${METHODS:-"joint_training target_only evograd evograd_guided mixed_mode second_order"}
+SEEDS=${SEEDS:-"1 2 3 4 5"}
+case " $* " in
+  *" --data ner "* | *" --data=ner "*) TARGETS=${TARGETS:-"qu cdo ilo xmf mhr mi tk gn"} ;;
+  *" --data sentiment "* | *" --data=sentiment "*) TARGETS=${TARGETS:-"fa te"} ;;
+  *) TARGETS=${TARGETS:-south} ;;
+esac
+JOBS=${JOBS:-1}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+
+commands() {
+  for target in $TARGETS; do
+    for method in $METHODS; do
+      for seed in $SEEDS; do
+        printf '%q ' "$PYTHON" -m metaxl.train --method "$method" --seed "$seed" --target "$target" "$@"
+        echo
+      done
+    done
+  done
+}
+
+if [ "${1:-}" = --print ]; then
+  commands "${@:2}"
+elif [ "$JOBS" -gt 1 ]; then
+  export OMP_NUM_THREADS=1 TQDM_DISABLE=1
+  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
+else
+  commands "$@" | while read -r command; do
+    echo "$command"
+    bash -c "$command" < /dev/null
+  done
+fi

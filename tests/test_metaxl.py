@@ -1,0 +1,528 @@
+"""Cross-lingual learning: readers, labels on sub-words, the RTN, the meta-step, every method tiny, bad input."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
+
+import evograd
+from metaxl import compare, data, plot, train
+from metaxl.data import Batch, Examples, Sentence, toy_language
+from metaxl.models import RTN, Tagger, longest, tiny_encoder
+from tests.test_scripts import shell
+
+LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
+
+
+def tagger(rtn_layers=(2,), depth=2, dropout=0.0):
+    config = XLMRobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=24, pad_token_id=1,
+        max_position_embeddings=40, type_vocab_size=1, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return Tagger(XLMRobertaModel(config, add_pooling_layer=False), len(LABELS), rtn_layers, dropout)
+
+
+def batch(n, lengths=(7, 9, 5, 9)):
+    examples = Examples.__new__(Examples)
+    examples.pad, examples.examples = 1, []
+    for i in range(n):
+        length = lengths[i % len(lengths)]
+        ids = torch.randint(4, 50, (length,)).tolist()
+        examples.examples.append(data.Example(ids, list(range(1, length - 1, 2)), [i % 7] * len(range(1, length - 1, 2)), []))
+    return examples.batch(range(n), torch.device("cpu"))
+
+
+def trainer(method, *extra, rtn_layers=(2,), depth=2, dropout=0.0):
+    args = train.parse_args(["--method", method, "--device", "cpu", *extra])
+    model = tagger(rtn_layers if train.READS[method] else (), depth, dropout)
+    return train.Trainer(args, model.train(), n_steps=10)
+
+
+def step(n=4):
+    return train.Step(batch(n), batch(n // 2), batch(n // 2))
+
+
+# --- the meta-step -----------------------------------------------------------------------------------------------------
+
+
+def uncached(step):
+    """The two losses as functions of the whole model."""
+    train_loss = lambda m: (
+        F.cross_entropy(m(step.source, True), step.source.labels) + F.cross_entropy(m(step.target), step.target.labels)
+    )
+    return train_loss, lambda m: F.cross_entropy(m(step.val), step.val.labels)
+
+
+@pytest.mark.parametrize(("depth", "rtn_layers"), [(1, (1,)), (2, (1,)), (2, (1, 2))])
+@pytest.mark.parametrize("method", ["evograd", "evograd_guided", "mixed_mode", "second_order"])
+def test_cached_features_change_nothing(method, depth, rtn_layers, float64):
+    t = trainer(method, "--perturb", "head", rtn_layers=rtn_layers, depth=depth)
+    s, head = step(), ["head.weight", "head.bias"]
+    torch.manual_seed(3)
+    cached = t.hypergradient(s)
+    torch.manual_seed(3)
+    expected = t.estimator(*uncached(s), t.model, t.hyperparameters, parameters=head)
+    assert len(cached.grads) == 4 * len(rtn_layers) + (len(rtn_layers) > 1)
+    for ours, theirs in zip(cached.grads, expected.grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+    assert any(g.abs().max() > 1e-9 for g in cached.grads)
+    torch.testing.assert_close(cached.candidate_losses, expected.candidate_losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cached.val_loss, expected.val_loss, rtol=1e-12, atol=0)
+
+
+def test_a_perturbed_head_runs_the_encoder_once_for_each_batch_without_graph():
+    t = trainer("evograd", "--n-candidates", "5")
+    outputs = []
+    t.model.encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output.last_hidden_state))
+    t.hypergradient(step())
+    assert len(outputs) == 3
+    assert not any(o.requires_grad for o in outputs)
+    assert all(p.requires_grad for p in t.model.parameters())
+
+
+@pytest.mark.parametrize("rtn_layers", [(2,), (1,), (1, 2)])
+def test_mixed_mode_is_t1_t2_of_the_whole_model(rtn_layers, float64):
+    t, s = trainer("second_order", "--inner-lr", "0.1", rtn_layers=rtn_layers), step()
+    exact = t.hypergradient(s)
+    with sdpa_kernel(SDPBackend.MATH):
+        mixed = evograd.mixed_mode(*uncached(s), t.model, t.hyperparameters, inner_lr=0.1, lookahead="sgd")
+    for ours, theirs in zip(mixed.grads, exact.grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("perturb", ["head", "all"])
+@pytest.mark.parametrize("method", train.LOOKAHEAD)
+def test_guided_and_mixed_mode_look_ahead_by_the_step_that_was_made(method, perturb):
+    t = trainer(method, "--perturb", perturb)
+    seen, estimator = {}, t.estimator
+
+    def spy(*closures, parameters, lookahead, **rest):
+        seen.update(before=parameters, after={n: p.detach().clone() for n, p in lookahead.items()})
+        return estimator(*closures, parameters=parameters, lookahead=lookahead, **rest)
+
+    t.estimator = spy
+    start = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    t.step(step())
+    prefix = "head." if perturb == "head" else ""
+    names = [n for n, _ in t.model.named_parameters() if n.startswith(prefix) and "rtn" not in n]
+    assert sorted(prefix + n for n in seen["before"]) == sorted(names)
+    for name in names:
+        assert torch.equal(seen["before"][name.removeprefix(prefix)], start[name])
+    assert not torch.equal(seen["before"]["weight" if prefix else "head.weight"], start["head.weight"] * 0)
+    assert not torch.equal(seen["after"]["weight" if prefix else "head.weight"], start["head.weight"])
+
+
+def test_the_step_moves_the_model_by_its_loss_and_the_rtn_by_the_hypergradient():
+    t = trainer("evograd")
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    t.estimator = lambda *a, **k: types.SimpleNamespace(grads=[torch.ones_like(h) for h in t.hyperparameters])
+    t.step(step())
+    for name, p in t.model.named_parameters():
+        if "rtn" in name:  # Adam's first step is its learning rate, against the gradient
+            torch.testing.assert_close(p, before[name] - t.args.rtn_lr, rtol=0, atol=1e-6)
+        elif "word_embeddings" not in name and "key.bias" not in name:
+            assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("extra", [["--accumulate", "3"], ["--gradient-checkpointing"]])
+@pytest.mark.parametrize("method", ["joint_training", "evograd", "evograd_guided"])
+def test_accumulation_and_checkpointing_change_nothing(method, extra, float64):
+    result = []
+    for flags in ([], extra):
+        torch.manual_seed(1)
+        t = trainer(method, "--perturb", "all", *flags) if method == "evograd_guided" else trainer(method, *flags)
+        torch.manual_seed(2)
+        s = step(8)
+        torch.manual_seed(3)
+        losses = [t.step(s), t.step(s)]
+        result.append((losses, t.model.state_dict()))
+    torch.testing.assert_close(result[0][0], result[1][0], rtol=1e-9, atol=0)
+    for name, value in result[0][1].items():
+        if "key.bias" not in name:  # its gradient is rounding alone, which Adam makes a step of
+            torch.testing.assert_close(value, result[1][1][name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_gradient_checkpointing_is_on_in_the_model_s_update_alone():
+    t = trainer("evograd_guided", "--gradient-checkpointing")
+    seen, layer = [], t.model.encoder.encoder.layer[0]
+    layer.register_forward_pre_hook(lambda m, i: seen.append(m.gradient_checkpointing))
+    t.step(step())
+    assert seen[:2] == [True, True]
+    assert len(seen) > 4
+    assert seen.count(True) <= 4  # recomputed in the backward pass
+    assert not any(seen[4:])
+
+
+def test_amp_is_for_the_model_s_update_alone():
+    t = trainer("evograd", "--amp")
+    dtypes = []
+    t.model.head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    t.step(step())
+    assert dtypes[:2] == [torch.bfloat16] * 2
+    assert set(dtypes[2:]) == {torch.float32}
+    assert len(dtypes) > 4
+
+
+# --- the RTN -----------------------------------------------------------------------------------------------------------
+
+
+def test_rtn_is_a_gated_residual_on_a_detached_input(float64):
+    rtn, x = RTN(6), torch.randn(4, 6, requires_grad=True)
+    hg = F.relu(x @ rtn.inner.weight.T) @ rtn.outer.weight.T
+    expected = x + 0.25 * torch.sigmoid(hg[:, 6:]) * hg[:, :6]
+    torch.testing.assert_close(rtn(x, 0.25), expected)
+    (gradient,) = torch.autograd.grad(rtn(x).sum(), x)
+    torch.testing.assert_close(gradient, torch.ones_like(x))
+    assert rtn.inner.weight.shape == (3, 6)
+    assert rtn.outer.weight.shape == (7, 3)
+    assert rtn.outer.bias.abs().max() == 0
+
+
+def test_rtns_work_on_source_sentences_alone_and_share_softmax_weights():
+    model, b = tagger((1, 2)).eval(), batch(3)
+    plain, transformed = model(b), model(b, transform=True)
+    assert not torch.allclose(plain, transformed)
+    assert torch.equal(plain, model(b))
+    with torch.no_grad():
+        model.alpha.copy_(torch.tensor([-50.0, 50.0]))
+    one = tagger((2,)).eval()
+    one.load_state_dict({n.replace(".layer.0.layer.", ".layer.0."): p for n, p in model.state_dict().items()}, strict=False)
+    torch.testing.assert_close(model(b, transform=True), one(b, transform=True))
+
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_sub_word_of_a_word_carries_its_label():
+    sentences = toy_language("north")["train"][:200]
+    encoder, tokenizer = tiny_encoder(sentences)
+    examples = Examples(sentences, tokenizer, LABELS, 64, "ner")
+    assert longest(encoder, tokenizer) == 128
+    several = 0
+    for sentence, example in zip(sentences, examples.examples):
+        tokens = tokenizer.convert_ids_to_tokens(example.ids)
+        assert (tokens[0], tokens[-1]) == ("<s>", "</s>")
+        starts = [*example.positions, len(tokens) - 1]
+        assert ["".join(tokens[a:b]) for a, b in zip(starts, starts[1:])] == sentence.words
+        assert [LABELS[i] for i in example.labels] == sentence.labels
+        several += len(tokens) - 2 > len(sentence.words)
+    assert several > 20
+
+
+def test_a_batch_is_padded_and_split_without_change():
+    b = batch(4)
+    assert b.input_ids.shape == (4, 9)
+    assert torch.equal(b.attention_mask.sum(1), torch.tensor([7, 9, 5, 9]))
+    model = tagger().eval()
+    whole = model(b)
+    for n in (2, 3, 9):
+        parts = b.split(n)
+        assert len(parts) == min(n, 4)
+        torch.testing.assert_close(torch.cat([model(part) for part in parts]), whole)
+        assert torch.equal(torch.cat([part.labels for part in parts]), b.labels)
+    assert batch(2, lengths=(6,)).attention_mask is None
+
+
+def test_words_that_are_cut_off_count_as_o():
+    sentences = toy_language("north")["train"][:20]
+    encoder, tokenizer = tiny_encoder(sentences)
+    examples = Examples(sentences, tokenizer, LABELS, 5, "ner")
+    assert examples.n_cut == 20
+    model = Tagger(encoder, len(LABELS))
+    with torch.no_grad():
+        model.head.bias[5] = 100.0
+    for tags, example in zip(train.predict(model, examples, torch.device("cpu"), LABELS), examples.examples):
+        assert [i for i, tag in enumerate(tags) if tag != "O"] == example.words
+        assert set(tags) == {"B-PER", "O"}
+
+
+def test_f1_is_of_whole_entities():
+    gold = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "O"]]
+    assert train.f1("ner", gold, gold) == 100
+    predicted = [["B-PER", "O", "O", "B-LOC"], ["B-ORG", "B-ORG"]]  # 2 of 3 found, 2 of 4 right
+    assert train.f1("ner", gold, predicted) == pytest.approx(100 * 4 / 7)
+    assert train.f1("ner", gold, [["O"] * 4, ["O"] * 2]) == 0
+    two = [["positive"], ["negative"], ["negative"], ["negative"]]
+    assert train.f1("sentiment", two, [["negative"]] * 4) == pytest.approx(100 * (6 / 7) / 2)
+
+
+def test_every_method_sees_the_same_sentences():
+    seen = {}
+    for method in train.METHODS:
+        args = train.parse_args(["--method", method, "--device", "cpu", "--batch-size", "4"])
+
+        class Spy(list):
+            def batch(self, indices, device):
+                return list(indices)
+
+        some = train.steps(args, Spy(range(30)), Spy(range(9)))
+        seen[method] = [(s.source, s.target + (s.val or [])) for s, _ in zip(some, range(20))]
+        halves = [len(s.target) for s, _ in zip(some, range(3))]
+        assert halves == ([2, 2, 2] if train.READS[method] else [4, 4, 4])
+    assert all(order == seen["evograd"] for order in seen.values())
+    assert len({str(s) for s, _ in seen["evograd"]}) == 20
+
+
+def write_ner(root, language, n=30, prefix=True, kind="north"):
+    folder = root / language
+    folder.mkdir(parents=True)
+    for split in data.SPLITS:
+        blocks = (
+            "".join(f"{language + ':' if prefix else ''}{w}\t{t}\n" for w, t in zip(s.words, s.labels))
+            for s in toy_language(kind)[split][:n]
+        )
+        (folder / split).write_text("\n".join(blocks), encoding="utf-8")
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_bio_files_are_read_as_they_were_written(prefix, tmp_path):
+    write_ner(tmp_path, "aa", prefix=prefix)
+    assert data.read_split("ner", str(tmp_path), "aa", "dev") == toy_language("north")["dev"][:30]
+    (tmp_path / "aa" / "dev").write_text("aa:aa:b\tO\n:\tB-LOC\n \n\nNew York\tI-LOC", encoding="utf-8")
+    read = data.read_split("ner", str(tmp_path), "aa", "dev")
+    assert read == [Sentence(["aa:b", ":"], ["O", "B-LOC"]), Sentence(["New York"], ["I-LOC"])]
+
+
+def test_a_run_s_sentences_are_drawn_by_its_seed(tmp_path):
+    draw = lambda seed: data.load("toy", "", "north", "south", source_size=50, target_size=10, dev_size=7, seed=seed)
+    one, again, other = draw(1), draw(1), draw(2)
+    assert one == again
+    assert one.source != other.source
+    assert one.target["train"] != other.target["train"]
+    assert (len(one.source), *map(len, one.target.values())) == (50, 10, 7, 400)
+    assert one.labels == LABELS
+
+
+def test_wikiann_is_written_as_files(tmp_path, monkeypatch):
+    asked = []
+
+    class Split(list):
+        feature = types.SimpleNamespace(names=["O", "B-PER", "I-PER"])
+        features = {"ner_tags": types.SimpleNamespace(feature=feature)}
+
+    def load_dataset(name, language):
+        asked.append((name, language))
+        rows = [{"tokens": ["Ana", "Ru", "x"], "ner_tags": [1, 2, 0]}, {"tokens": ["y"], "ner_tags": [0]}]
+        return {split: Split(rows) for split in ("train", "validation", "test")}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    data.download_wikiann(str(tmp_path), "qu")
+    data.download_wikiann(str(tmp_path), "qu")
+    assert asked == [("unimelb-nlp/wikiann", "qu")]
+    expected = [Sentence(["Ana", "Ru", "x"], ["B-PER", "I-PER", "O"]), Sentence(["y"], ["O"])]
+    assert data.read_split("ner", str(tmp_path), "qu", "dev") == expected
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+SMALL = ["--device", "cpu", "--epochs", "2", "--source-size", "36", "--target-size", "12", "--dev-size", "20"]
+
+
+def run(tmp_path, method, *extra):
+    out = tmp_path / "runs.jsonl"
+    train.main(["--method", method, "--out", str(out), *SMALL, *extra])
+    return json.loads(out.read_text().splitlines()[-1])
+
+
+@pytest.fixture
+def short_test_set(monkeypatch):
+    short = lambda name: {split: some[:30] if split == "test" else some for split, some in toy_language(name).items()}
+    monkeypatch.setattr(data, "toy_language", short)
+
+
+@pytest.mark.usefixtures("short_test_set")
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs_and_leaves_a_record(method, tmp_path, capsys):
+    record = run(tmp_path, method)
+    assert record["experiment"] == "metaxl"
+    assert record["config"]["method"] == method
+    assert "/" not in json.dumps(record["config"])
+    assert len(record["metrics"]["dev_f1_epochs"]) == 2
+    assert record["metrics"]["dev_f1"] == max(record["metrics"]["dev_f1_epochs"])
+    assert {"seconds", "seconds_per_step", "peak_bytes", "flops"} <= set(record["cost"])
+    if train.READS[method]:
+        assert record["metrics"]["rtn_moved"] > 1e-3
+        assert set(record["metrics"]["gates"]) == {"north", "south"}
+        assert 0 < record["metrics"]["gates"]["north"]["2"] < 1
+    else:
+        assert "gates" not in record["metrics"]
+        assert record["config"]["rtn_lr"] is None
+    assert f"metaxl toy north-south {method} seed 1: test F1" in capsys.readouterr().out
+
+
+def test_training_learns_and_dev_f1_chooses_the_parameters(tmp_path, capsys):
+    record = run(tmp_path, "joint_training", "--epochs", "4", "--source-size", "240", "--target-size", "100", "--lr", "3e-3")
+    metrics = record["metrics"]
+    assert metrics["dev_f1"] > 20
+    assert metrics["train_loss_epochs"][-1] < 0.5 * metrics["train_loss_epochs"][0]
+    assert metrics["dev_f1_epochs"][metrics["best_epoch"] - 1] == metrics["dev_f1"]
+
+
+@pytest.mark.usefixtures("short_test_set")
+def test_same_seed_same_run_and_flags_reach_it(tmp_path, capsys):
+    usual, again = run(tmp_path, "evograd", "--seed", "5"), run(tmp_path, "evograd", "--seed", "5")
+    assert usual["metrics"] == again["metrics"]
+    for flags in (["--n-candidates", "4"], ["--perturb", "all"], ["--rtn-layers", "1", "2"], ["--rtn-lr", "1e-4"]):
+        other = run(tmp_path, "evograd", "--seed", "5", *flags)
+        assert other["metrics"]["rtn_moved"] != usual["metrics"]["rtn_moved"], flags
+    plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+    for name in ("dev_f1", "gates"):
+        assert (tmp_path / f"metaxl_{name}_toy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def save_bert(folder, sentences):
+    """A BERT folder, with a pooler, as it lies on disk after a download."""
+    _, tokenizer = tiny_encoder(sentences)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=60, pad_token_id=1,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("method", ["evograd", "second_order"])
+def test_an_encoder_folder_and_bio_files(method, tmp_path, capsys):
+    write_ner(tmp_path, "en", n=40)
+    write_ner(tmp_path, "xx", kind="south")
+    save_bert(tmp_path / "hub" / "bert", toy_language("north")["train"][:100])
+    flags = ["--data", "ner", "--data-dir", str(tmp_path), "--target", "xx", "--max-length", "40"]
+    record = run(tmp_path, method, "--encoder", str(tmp_path / "hub" / "bert"), *flags)
+    assert record["config"]["encoder"] == "hub/bert"
+    assert list(record["metrics"]["gates"]["xx"]) == ["3"]
+    assert str(tmp_path) not in json.dumps(record["config"])
+
+
+def write_sentiment(root, language, words):
+    (root / language).mkdir()
+    for split in data.SPLITS:
+        lines = (f"{words[i % 2]} {words[2 + i % 3]} film\t{data.SENTIMENTS[i % 2]}" for i in range(40))
+        (root / language / split).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", ["target_only", "evograd"])
+def test_sentiment(method, tmp_path, capsys):
+    write_sentiment(tmp_path, "en", ["bad", "good", "old", "new", "long"])
+    write_sentiment(tmp_path, "fa", ["zesht", "khub", "kohne", "no", "deraz"])
+    flags = ["--data", "sentiment", "--data-dir", str(tmp_path), "--encoder", "tiny", "--max-length", "20", "--lr", "3e-3"]
+    record = run(tmp_path, method, *flags, "--epochs", "12")
+    assert record["metrics"]["test_f1"] > 90
+    assert record["config"]["target"] == "fa"
+
+
+# --- cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_evograd_costs_little_more_than_joint_training_of_xlm_r_base(monkeypatch):
+    """With four of its twelve layers, which is less to wait for."""
+    monkeypatch.setattr(compare, "METHODS", ("joint_training", "evograd"))
+    monkeypatch.setitem(compare.XLM_R, "base", {**compare.XLM_R["base"], "num_hidden_layers": 4})
+    costs = compare.architecture_costs("base", length=64, batch_size=12)
+    assert costs["plain"]["peak_bytes"] > 4 * 4 * 220e6  # parameters, gradients and Adam's two averages
+    assert costs["evograd"]["peak_over_plain"] <= 1.05
+    assert costs["evograd"]["flops_over_plain"] <= 1.3
+
+
+def test_compare_prints_and_writes(tmp_path, capsys, monkeypatch):
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    monkeypatch.setattr(compare, "XLM_R", {"base": small})
+    flags = ["--device", "cpu", "--repeats", "1", "--length", "16", "--batch-size", "4", "--architectures", "base"]
+    compare.main([*flags, "--json", str(tmp_path / "cost.json"), "--out", str(tmp_path / "runs.jsonl")])
+    printed = capsys.readouterr().out
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert list(cost["methods"]) == ["plain", "evograd", "evograd_guided", "mixed_mode", "second_order"]
+    assert all(name in printed for name in cost["methods"])
+    assert (
+        cost["methods"]["evograd"]["flops"] < cost["methods"]["mixed_mode"]["flops"] < cost["methods"]["second_order"]["flops"]
+    )
+    (architecture,) = cost["architectures"]
+    assert architecture["encoder"] == "xlm-roberta-base"
+    assert architecture["methods"]["plain"]["flops_over_plain"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [line["experiment"] for line in lines] == ["metaxl_cost", "metaxl_architecture"]
+
+
+# --- the script and bad input ------------------------------------------------------------------------------------------
+
+
+def test_run_prints_a_command_for_each_language_method_and_seed():
+    done = shell("metaxl/run.sh", "--print", "--data", "ner", "--data-dir", "a folder")
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 8 * 6 * 5
+    assert all("--data ner --data-dir a\\ folder" in line for line in lines)
+    assert {line.split("--target ")[1].split()[0] for line in lines} == set("qu cdo ilo xmf mhr mi tk gn".split())
+    assert len(shell("metaxl/run.sh", "--print", TARGETS="south", SEEDS="1").stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "evolution"], ["'evolution'", "joint_training", "second_order"]),
+        (["--data", "wiki"], ["'wiki'", "toy", "sentiment"]),
+        (["--method", "joint_training", "--rtn-lr", "1"], ["--rtn-lr given", "joint_training does not read it", "evograd"]),
+        (["--method", "mixed_mode", "--sigma", "1"], ["--sigma given", "mixed_mode does not read it"]),
+        (["--method", "evograd", "--common-random-numbers"], ["--common-random-numbers", "--perturb head", "--perturb all"]),
+        (["--download"], ["--download", "toy"]),
+        (["--target-size", "1"], ["--target-size", "at least 2"]),
+        (["--target", "east"], ["'east' given", "north and south"]),
+        (["--target-size", "5000"], ["--target-size 5000", "toy south", "1000 sentences"]),
+        (["--rtn-layers", "3"], ["--rtn-layers 3", "1 to 2"]),
+        (["--rtn-layers", "1", "1"], ["--rtn-layers 1 1", "different"]),
+        (["--max-length", "129"], ["--max-length 129", "limit of the encoder", "128 sub-words"]),
+        (["--encoder", "/nowhere/bert"], ["--encoder /nowhere/bert", "no such folder"]),
+        (["--encoder", "tests"], ["--encoder tests is no folder of an encoder", "config.json"]),
+        (["--data", "ner", "--data-dir", "/nowhere"], ["no folder /nowhere/en", "train, dev, test", "--data-dir"]),
+    ],
+)
+def test_bad_input(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "--out", str(tmp_path / "runs.jsonl"), "--device", "cpu"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a\tO\n\nb\tPER\n", ["xx/train, line 3", "'PER' is not BIO", "B-TYPE"]),
+        ("a\tO\nb O\n", ["xx/train, line 2", "no tab in 'b O'", "token<TAB>tag"]),
+        ("\n\n", ["xx/train holds no sentence"]),
+        ("a\tO\n", ["--target-size 12", "xx/train", "1 sentences"]),
+        (b"a\tO\n\xff\tO\n", ["xx/train is not UTF-8"]),
+        (None, ["has no file 'train'", "dev, test"]),
+    ],
+)
+def test_bad_files(text, words, tmp_path, capsys):
+    write_ner(tmp_path, "en", n=40)
+    write_ner(tmp_path, "xx")
+    file = tmp_path / "xx" / "train"
+    file.unlink()
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, "evograd", "--data", "ner", "--data-dir", str(tmp_path), "--target", "xx", "--encoder", "tiny")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_bad_sentiment_files(tmp_path):
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "train").write_text("fine\tpositive\nso so\tneutral\n")
+    with pytest.raises(ValueError, match="train, line 2: the label 'neutral' is unknown; accepted are negative, positive"):
+        data.read_split("sentiment", str(tmp_path), "en", "train")
+
+
+def test_a_batch_is_what_it_says():
+    b = batch(2, lengths=(5, 5))
+    assert isinstance(b, Batch)
+    assert b.counts == [2, 2]
+    assert b.positions.tolist() == [1, 3, 6, 8]
