@@ -33,19 +33,16 @@ SEEN=${SEEN:-}
 METHODS=${METHODS:-"none fixed evograd evograd_guided mixed_mode second_order"}
 SHOTS=${SHOTS:-"1 5"}
 SEEDS=${SEEDS:-"1"}
-JOBS=${JOBS:-1}
 PRETRAIN=${PRETRAIN:-} # further arguments of the encoders' runs, such as "--image-size 64 --epochs 10"
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 CHECKPOINTS=$([ -n "$OUT" ] && dirname "$OUT" || echo cross_domain_fewshot/results)/checkpoints
 
 encoder() { echo "$CHECKPOINTS/encoder-$DATA-$FIRST-$1.pt"; }
 
-encoders() {
+first_commands() { # the encoders
   for backbone in $BACKBONES; do
     [ -f "$(encoder "$backbone")" ] && continue
-    printf '%q ' "$PYTHON" -m cross_domain_fewshot.pretrain --data "$DATA" --data-dir "$DATA_DIR" --domain "$FIRST" \
+    command_line cross_domain_fewshot.pretrain --data "$DATA" --data-dir "$DATA_DIR" --domain "$FIRST" \
       --backbone "$backbone" --out "$(encoder "$backbone")" $PRETRAIN
-    echo
   done
 }
 
@@ -55,9 +52,8 @@ commands() {
       for n_shot in $SHOTS; do
         for method in $METHODS; do
           for seed in $SEEDS; do
-            printf '%q ' "$PYTHON" -m cross_domain_fewshot.train --method "$method" --held-out "$held_out" --n-shot "$n_shot" \
+            command_line cross_domain_fewshot.train --method "$method" --held-out "$held_out" --n-shot "$n_shot" \
               --backbone "$backbone" --encoder "$(encoder "$backbone")" --seed "$seed" ${SEEN:+--seen $SEEN} "$@"
-            echo
           done
         done
       done
@@ -65,21 +61,4 @@ commands() {
   done
 }
 
-in_turn() {
-  while read -r command; do
-    echo "$command"
-    bash -c "$command" < /dev/null
-  done
-}
-
-if [ "${1:-}" = --print ]; then
-  encoders
-  commands "${@:2}"
-elif [ "$JOBS" -gt 1 ]; then
-  export OMP_NUM_THREADS=1 TQDM_DISABLE=1
-  encoders | in_turn
-  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
-else
-  encoders | in_turn
-  commands "$@" | in_turn
-fi
+source resources/run_commands.sh

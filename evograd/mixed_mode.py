@@ -78,13 +78,25 @@ class PlainNormalization(TorchFunctionMode):
 
     PyTorch's forward-mode formulas of batch_norm and layer_norm take the statistics that they save as constants of the
     backward pass, so a derivative in reverse mode of one in forward mode is silently wrong where λ enters before them
-    (pytorch issue 196699). Running statistics are not updated: the model runs on copies that are thrown away.
+    (pytorch issue 196699). Where λ enters after them they stay as they are. Running statistics are not updated: the model
+    runs on copies that are thrown away.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         plain = _PLAIN.get(function)
-        result = plain(*args, **(kwargs or {})) if plain else None
-        return function(*args, **(kwargs or {})) if result is None else result
+        if plain and any(_in_a_graph(value) for value in (*args, *kwargs.values())):
+            result = plain(*args, **kwargs)
+            if result is not None:
+                return result
+        return function(*args, **kwargs)
+
+
+def _in_a_graph(value) -> bool:
+    """Whether reverse mode will go through this tensor. Inside of torch.func.jvp it is wrapped, and says no itself."""
+    while isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

@@ -15,28 +15,15 @@ case " $* " in
   *" --data sentiment "* | *" --data=sentiment "*) TARGETS=${TARGETS:-"fa te"} ;;
   *) TARGETS=${TARGETS:-south} ;;
 esac
-JOBS=${JOBS:-1}
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
 commands() {
   for target in $TARGETS; do
     for method in $METHODS; do
       for seed in $SEEDS; do
-        printf '%q ' "$PYTHON" -m metaxl.train --method "$method" --seed "$seed" --target "$target" "$@"
-        echo
+        command_line metaxl.train --method "$method" --seed "$seed" --target "$target" "$@"
       done
     done
   done
 }
 
-if [ "${1:-}" = --print ]; then
-  commands "${@:2}"
-elif [ "$JOBS" -gt 1 ]; then
-  export OMP_NUM_THREADS=1 TQDM_DISABLE=1
-  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
-else
-  commands "$@" | while read -r command; do
-    echo "$command"
-    bash -c "$command" < /dev/null
-  done
-fi
+source resources/run_commands.sh

@@ -1,4 +1,5 @@
 # What every run.sh does with its commands: it sources this file after it has defined `commands`, which prints them one a line.
+# If it has defined `first_commands` too, those run before the others, one after the other.
 # --print as the first argument prints them and runs nothing; JOBS=n runs n at a time, each with one CPU thread.
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -10,14 +11,23 @@ command_line() {
   echo "${line% }"
 }
 
-if [ "${1:-}" = --print ]; then
-  commands "${@:2}"
-elif [ "$JOBS" -gt 1 ]; then
-  export OMP_NUM_THREADS=1 TQDM_DISABLE=1
-  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
-else
-  commands "$@" | while read -r command; do
+in_turn() {
+  while read -r command; do
     echo "$command"
     bash -c "$command" < /dev/null
   done
+}
+
+declare -F first_commands > /dev/null || first_commands() { :; }
+
+if [ "${1:-}" = --print ]; then
+  first_commands
+  commands "${@:2}"
+elif [ "$JOBS" -gt 1 ]; then
+  export OMP_NUM_THREADS=1 TQDM_DISABLE=1
+  first_commands | in_turn
+  commands "$@" | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'echo "$0"; eval "$0" || exit 255' # 255: a failed run ends the others
+else
+  first_commands | in_turn
+  commands "$@" | in_turn
 fi
