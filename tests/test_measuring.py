@@ -9,8 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd.measuring import Cost, compare, flops, measure, peak_bytes, seconds
+from label_noise_mwn.models import resnet
 
-from .networks import parameter_bytes, resnet, steps
+from .networks import parameter_bytes, steps
 
 MB = 2**20
 
@@ -72,7 +73,7 @@ def test_fake_tensors_give_the_same_bytes():
     def measured(fake):
         torch.manual_seed(0)
         with FakeTensorMode() if fake else torch.enable_grad():
-            named = steps(resnet(8), size=8, batch=4)
+            named = steps(resnet(8, 10), size=8, batch=4)
             chosen = {name: named[name] for name in ("plain", "evograd", "guided", "mixed_mode", "unrolled")}
             return compare(chosen, repeats=1, warmup=0)
 
@@ -98,7 +99,7 @@ def test_resnet18_stream_needs_one_copy_of_the_parameters():
 def test_mixed_mode_needs_two_copies_of_the_parameters():
     """ResNet-32, batch 100, a weight net behind the loss."""
     with FakeTensorMode():
-        model = resnet(32)
+        model = resnet(32, 10)
         named = steps(model, size=32, batch=100)
         plain = peak_bytes(named["plain"])
         assert peak_bytes(named["mixed_mode"]) <= plain + 2.2 * parameter_bytes(model)
@@ -107,5 +108,5 @@ def test_mixed_mode_needs_two_copies_of_the_parameters():
 
 
 def test_memory_does_not_grow_with_the_number_of_candidates():
-    named = steps(resnet(14), size=16, batch=16)
+    named = steps(resnet(14, 10), size=16, batch=16)
     assert peak_bytes(named["many"]) <= 1.02 * peak_bytes(named["evograd"])
