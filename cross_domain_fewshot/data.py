@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -150,26 +151,40 @@ def font_file(font: str) -> str:
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / GLYPH_FONTS[font])
 
 
+def draw_characters(font: str, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(character, (size, size) uint8), white on black, for each one that leaves a mark."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    face = ImageFont.truetype(font_file(font), round(0.62 * size))
+    for character in glyph_characters(font):
+        image = Image.new("L", (size, size))
+        ImageDraw.Draw(image).text((size / 2, size / 2), character, font=face, fill=255, anchor="mm")
+        pixels = np.array(image)
+        if pixels.any():
+            yield character, pixels
+
+
+@lru_cache
+def look_alikes() -> frozenset[str]:
+    """Characters that look like an earlier one of Unicode, as Α and А do like A: they would be one class in two splits."""
+    known, found = set(), set()
+    for character, pixels in draw_characters("sans", 64):
+        if pixels.tobytes() in known:
+            found.add(character)
+        known.add(pixels.tobytes())
+    return frozenset(found)
+
+
 def draw_glyphs(font: str, split: str, size: int) -> Images:
     """Every character of one split in one font, GLYPH_IMAGES times, each turned, slanted, scaled and moved at random.
 
     Of four characters in the order of Unicode two are base, one val, one novel, by code: no character of one split is in
-    another, whatever the font. White on black. Always the same images.
+    another, whatever the font, and none that looks the same. White on black. Always the same images.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     wanted = {"base": (0, 2), "val": (1,), "novel": (3,)}[split]
-    large = 2 * size
-    face = ImageFont.truetype(font_file(font), round(0.62 * large))
-    drawn, codes, known = [], [], set()
-    for character in glyph_characters(font):
-        if ord(character) % 4 not in wanted:
-            continue
-        image = Image.new("L", (large, large))
-        ImageDraw.Draw(image).text((large / 2, large / 2), character, font=face, fill=255, anchor="mm")
-        pixels = np.array(image)
-        if pixels.any() and pixels.tobytes() not in known:  # Α and A are one class
-            known.add(pixels.tobytes())
+    drawn, codes = [], []
+    for character, pixels in draw_characters(font, 2 * size):
+        if ord(character) % 4 in wanted and character not in look_alikes():
             drawn.append(pixels)
             codes.append(ord(character))
     pixels = torch.from_numpy(np.stack(drawn)).unsqueeze(1).float().repeat_interleave(GLYPH_IMAGES, dim=0)

@@ -1,6 +1,6 @@
 """What one step of each method costs at the paper's size, measured side by side: time, FLOPs, peak bytes.
 
-    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--batch-size 100]
+    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--batch-size 100] [--channels-last]
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
 """
@@ -27,15 +27,18 @@ def main(argv=None):
     parser = cli.comparison_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="resnet32")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
+    parser.add_argument("--channels-last", action="store_true", help="memory format of images and model")
     args = parser.parse_args(argv)
     seed_everything(1)
     n_meta = -(-args.batch_size // 10) * 10
     task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
     common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--batch-size", str(args.batch_size)]
+    common += ["--channels-last"] * args.channels_last
     trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in METHODS}
     steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
     costs = compare(steps, args.repeats)
-    cli.finish_comparison(args, "label_noise_mwn", {"model": args.model, "batch_size": args.batch_size}, costs)
+    config = {"model": args.model, "batch_size": args.batch_size, "channels_last": args.channels_last}
+    cli.finish_comparison(args, "label_noise_mwn", config, costs)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,15 @@ def test_mixed_mode_is_exact_for_every_head(backbone, head, float64):
 # --- data --------------------------------------------------------------------------------------------------------------
 
 
+def test_no_two_classes_of_glyphs_look_the_same():
+    """Cyrillic О is O: it would be trained on while O is tested."""
+    assert "О" in data.look_alikes() and "O" not in data.look_alikes()
+    pixels = [p.tobytes() for c, p in data.draw_characters("sans", 64) if c not in data.look_alikes()]
+    assert len(set(pixels)) == len(pixels) > 500
+    novel, base = (data.draw_glyphs("sans", split, 28).labels for split in ("novel", "base"))
+    assert ord("O") in novel and ord("О") not in base
+
+
 def test_glyphs():
     lists = {split: data.draw_glyphs("computer_modern", split, 28) for split in ("base", "val", "novel")}
     assert lists["base"].pixels.shape[1:] == (1, 28, 28)
