@@ -113,13 +113,14 @@ def save(figure, path):
 
 
 def usual(runs):
-    """The runs of the settings that most runs of their method and noise have: one line a method in each panel."""
+    """The runs of the settings that most runs of their data, method and noise have, the last of equals: one line in a panel."""
     groups = {}
     for run in runs:
         config = run["config"]
         key = tuple(sorted((k, str(v)) for k, v in config.items() if k != "seed"))
-        groups.setdefault((config["method"], config["noise"], config["noise_level"]), {}).setdefault(key, []).append(run)
-    return [run for settings in groups.values() for run in max(settings.values(), key=len)]
+        panel = (config["data"], config["method"], config["noise"], config["noise_level"])
+        groups.setdefault(panel, {}).setdefault(key, []).append(run)
+    return [run for settings in groups.values() for run in max(reversed(settings.values()), key=len)]
 
 
 def main(argv=None):

@@ -352,6 +352,17 @@ def test_figures(tmp_path, capsys):
         assert (tmp_path / f"label_noise_mwn_{name}_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_figures_show_the_settings_of_most_runs_of_each_data_set():
+    def made(data, seed, lr):
+        return {"config": {"data": data, "method": "evograd", "noise": "flip", "noise_level": 0.4, "seed": seed, "lr": lr}}
+
+    many = [made("digits", seed, 0.05) for seed in (1, 2)]
+    assert plot.usual([made("digits", 1, 0.1), *many, made("cifar10", 1, 0.1), made("cifar10", 1, 0.02)]) == [
+        *many,
+        made("cifar10", 1, 0.02),
+    ]
+
+
 def test_compare_prints_and_writes(tmp_path, capsys):
     arguments = ["--device", "cpu", "--repeats", "1", "--model", "small", "--batch-size", "16"]
     compare.main([*arguments, "--json", str(tmp_path / "cost.json"), "--out", str(tmp_path / "runs.jsonl")])
