@@ -66,7 +66,13 @@ def plot_accuracy(runs, path):
         axis.set_title(f"{noise} noise", fontsize=10)
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("test accuracy (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5 if len(axes) > 1 else 2,
+        frameon=False,
+        fontsize=9,
+    )
     save(figure, path)
 
 
