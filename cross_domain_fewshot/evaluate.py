@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from evograd import cli
-from evograd.records import append_run, check_writable
+from evograd import checkpoints, cli
+from evograd.records import append_run
 
 from .data import DATASETS, TestEpisodes, cache_if_small, centred, load_domain, stream
 from .models import BACKBONES, HEADS, episode_targets
@@ -53,9 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--n-query", type=cli.at_least(1), help="queries of each class; default: as in training")
     parser.add_argument("--backbone", choices=BACKBONES, help="refuse checkpoints of another")
     parser.add_argument("--head", choices=tuple(HEADS), help="refuse checkpoints of another")
-    parser.add_argument(
-        "--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda:N"
-    )
+    cli.add_device_argument(parser)
     parser.add_argument("--cache-gb", type=float, default=4.0, help="decode all images into memory if they take no more")
     parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
     parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the records are appended to")
@@ -64,9 +62,9 @@ def parse_args(argv=None):
 
 def load_model(path, args):
     """(model, config) of a checkpoint; ValueError if it is not what `args` asks for."""
-    from .train import load_checkpoint, new_model  # train scores its own model by this module
+    from .train import new_model  # train scores its own model by this module
 
-    state = load_checkpoint(path)
+    state = checkpoints.load(path)
     if state.get("kind") != "few-shot":
         raise ValueError(f"{path} is no checkpoint of train.py")
     config = state["config"]
@@ -82,8 +80,6 @@ def load_model(path, args):
 def main(argv=None):
     args = parse_args(argv)
     with cli.exit_on_bad_input():
-        if args.out:
-            check_writable(args.out)
         models = [load_model(path, args) for path in args.checkpoints]
         first = models[0][1]
         for path, (_, config) in zip(args.checkpoints, models):

@@ -1,25 +1,16 @@
 """Accuracy by held-out domain, and γ and β over training: python -m cross_domain_fewshot.plot [FILE.jsonl …] [--out-dir DIR]"""
 
-import argparse
 import json
-from glob import glob
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evograd.records import read_runs
-from evograd.report import COLOURS
+from evograd import figures
+from evograd.figures import COLOURS
 
 TITLES = {
     "none": "no transformation",
     "fixed": "fixed transformation",
-    "evograd": "EvoGrad",
-    "evograd_guided": "EvoGrad, guided",
-    "mixed_mode": "mixed mode",
-    "second_order": "T1–T2 (higher)",
+    **figures.TITLES,
 }
 COLOUR = {**COLOURS, "none": "#BBBBBB", "fixed": COLOURS["baseline"]}
 
@@ -59,11 +50,10 @@ def plot_accuracy(runs, path):
     shown = [pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels())]
     handles = {text: handle for handle, text in shown}  # each method once
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
-def plot_transformations(runs, path):
+def plot_transformations(runs, path, remark):
     """Softplus of γ (above) and of β (below), mean over the channels, one line for each layer, one column for each method."""
     runs = {run["config"]["method"]: run for run in runs if "gamma" in run["metrics"]}  # the last one of each method
     methods = [method for method in TITLES if method in runs]
@@ -84,36 +74,20 @@ def plot_transformations(runs, path):
     axes[0, 0].set_ylabel("softplus(γ)")
     axes[1, 0].set_ylabel("softplus(β)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path, remark)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="*", default=sorted(glob("cross_domain_fewshot/results/*.jsonl")), help="result files")
-    parser.add_argument("--out-dir", default="cross_domain_fewshot/results", help="folder of the figures")
-    args = parser.parse_args(argv)
-    missing = [name for name in args.results if not Path(name).is_file()]
-    if missing:
-        parser.error(f"no such file: {', '.join(missing)}")
-    if not args.results:
-        parser.error("no result files in cross_domain_fewshot/results: run the experiment first, or name the files")
-    runs, broken = read_runs(args.results)
-    for line in broken:
-        print(f"left out: {line}")
-    runs = [run for run in runs if run["experiment"] == "cross_domain_fewshot"]
-    Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+    runs, folder = figures.runs_to_plot(__doc__, "cross_domain_fewshot", argv)
     for (data, backbone, head), group in series(runs).items():
-        path = Path(args.out_dir) / f"cross_domain_fewshot_accuracy_{data}_{backbone}_{head}.png"
-        plot_accuracy(group, path)
-        print(f"figure: {path}")
+        plot_accuracy(group, folder / f"cross_domain_fewshot_accuracy_{data}_{backbone}_{head}.png")
         learned = [run for run in group if "gamma" in run["metrics"]]
         if learned:
             # γ and β of one held-out domain, number of shots and seed: those of the last run
             same = {key: learned[-1]["config"][key] for key in ("held_out", "n_shot", "seed")}
-            path = Path(args.out_dir) / f"cross_domain_fewshot_transformations_{data}_{backbone}_{head}.png"
-            plot_transformations([run for run in learned if same.items() <= run["config"].items()], path)
-            print(f"figure: {path}, {json.dumps(same)}")
+            chosen = [run for run in learned if same.items() <= run["config"].items()]
+            path = folder / f"cross_domain_fewshot_transformations_{data}_{backbone}_{head}.png"
+            plot_transformations(chosen, path, f", {json.dumps(same)}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from evograd import cli
-from evograd.records import check_writable, seed_everything
+from evograd import checkpoints, cli
+from evograd.records import seed_everything
 
 from .data import DATASETS, augmented, cache_if_small, centred, load_domain, stream
 from .models import BACKBONES, Encoder
-from .train import fill_defaults, save_checkpoint
+from .train import fill_defaults
 
 EPOCHS = {"glyphs": 3, "filelists": 400}
 
@@ -54,9 +54,7 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=cli.positive, default=1e-3, help="of Adam")
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the order of the data")
-    parser.add_argument(
-        "--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda:N"
-    )
+    cli.add_device_argument(parser)
     parser.add_argument("--cache-gb", type=float, default=4.0, help="decode all images into memory if they take no more")
     parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
     parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint")
@@ -70,7 +68,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     with cli.exit_on_bad_input():
-        check_writable(f"{args.out}.tmp")
+        checkpoints.check_writable(args.out)
         images = load_domain(args.data, args.data_dir, args.domain, "base", args.image_size)
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
@@ -101,7 +99,7 @@ def main(argv=None):
             progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f} %")
     progress.close()
     names = ("data", "domain", "backbone", "width", "image_size", "epochs", "batch_size", "lr", "amp", "seed")
-    save_checkpoint(
+    checkpoints.save(
         args.out,
         {
             "kind": "encoder",

@@ -14,14 +14,14 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from evograd import cli, hypergradient, mixed_mode
+from evograd import checkpoints, cli, hypergradient, mixed_mode
 from evograd.baselines import unrolled
 from evograd.quality import agreement
 from evograd.records import append_run, mean_std, seed_everything
 
 from .data import TrainingSteps, cache_if_small, load_domain, stream
 from .models import transformations
-from .train import INNER_LR, TEMPERATURE, Trainer, load_checkpoint, prepare
+from .train import INNER_LR, TEMPERATURE, Trainer, prepare
 
 CANDIDATES = (2, 10, 50)
 
@@ -34,9 +34,7 @@ def parse_args(argv=None):
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the file lists")
     parser.add_argument("--steps", type=cli.at_least(2), default=20, help="pairs of episodes")
     parser.add_argument("--seed", type=cli.at_least(0), default=1, help="of the episodes and of the noise")
-    parser.add_argument(
-        "--device", type=cli.device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda:N"
-    )
+    cli.add_device_argument(parser)
     parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the records are appended to")
     return parser.parse_args(argv)
 
@@ -61,7 +59,7 @@ def estimators(lr, generator):
 def main(argv=None):
     args = parse_args(argv)
     with cli.exit_on_bad_input():
-        state = load_checkpoint(args.checkpoint)
+        state = checkpoints.load(args.checkpoint)
         if state.get("kind") != "few-shot":
             raise ValueError(f"{args.checkpoint} is no checkpoint of train.py")
         config = state["config"]

@@ -10,7 +10,6 @@ pseudo-unseen one, without transformations. The record of the run (accuracy on e
 γ and β over training) is appended to --out as one JSON line; the checkpoint lies beside that file.
 """
 
-import os
 import random
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evograd import cli
+from evograd import checkpoints, cli
 from evograd.records import append_run, check_writable, seed_everything
 
 from .data import DATASETS, GLYPH_FONTS, PAPER_DOMAINS, TrainingSteps, augmented, cache_if_small, centred, load_domain, stream
@@ -219,7 +218,7 @@ def prepare(args, batch, generator):
 
 def load_encoder(model, args):
     """Weights of a checkpoint of pretrain.py -> the model's encoder; ValueError if it is of something else."""
-    state = load_checkpoint(args.encoder)
+    state = checkpoints.load(args.encoder)
     if state.get("kind") != "encoder":
         raise ValueError(f"{args.encoder} is no checkpoint of pretrain.py")
     for name in ("backbone", "width"):
@@ -238,28 +237,6 @@ def load_encoder(model, args):
 def _without_transformations(encoder, state):
     inside = tuple(f"{name}." for name in transformations(encoder))
     return [name for name in state if not name.startswith(inside)] if inside else list(state)
-
-
-def save_checkpoint(path, content):
-    """Written to a temporary file and renamed, so that nobody ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path):
-    """The content of a checkpoint, on the CPU; FileNotFoundError or ValueError that names it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no checkpoint, or not whole: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or "config" not in content:
-        raise ValueError(f"{path} is no checkpoint of this experiment")
-    return content
 
 
 def checkpoint(trainer, n_classes, config, epoch, history):
@@ -298,8 +275,7 @@ def main(argv=None):
     args = parse_args(argv)
     with cli.exit_on_bad_input():
         check_writable(args.out)
-        check_writable(Path(args.checkpoint).with_suffix(".lock"))
-        Path(args.checkpoint).with_suffix(".lock").unlink()
+        checkpoints.check_writable(args.checkpoint)
         n_images = args.n_shot + args.n_query
         domains = [load_domain(args.data, args.data_dir, name, "base", args.image_size) for name in args.seen]
         test = load_domain(args.data, args.data_dir, args.held_out, "novel", args.image_size)
@@ -330,7 +306,7 @@ def main(argv=None):
             history.append([values.tolist() for values in softplus_means(trainer.model)])
         progress.set_postfix(loss=f"{torch.stack(losses[-args.episodes :]).mean().item():.3f}")
         if (epoch + 1) % args.checkpoint_every == 0 or epoch + 1 == args.epochs:
-            save_checkpoint(args.checkpoint, checkpoint(trainer, n_classes, config, epoch + 1, history))
+            checkpoints.save(args.checkpoint, checkpoint(trainer, n_classes, config, epoch + 1, history))
     progress.close()
     seconds = perf_counter() - start
 

@@ -41,9 +41,7 @@ def experiment_parser(
         help=f"data set: {names}; {data[0]} is embedded and needs no files",
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the data sets that need files")
-    parser.add_argument(
-        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N"
-    )
+    add_device_argument(parser)
     parser.add_argument(
         "--out",
         type=writable,
@@ -51,6 +49,12 @@ def experiment_parser(
         help="JSON-lines file that the run's record is appended to; default: <experiment>/results/<data>.jsonl",
     )
     return parser
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N"
+    )
 
 
 def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,9 +95,7 @@ def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, rea
 def comparison_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags of every script that measures one step of each method."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
-    parser.add_argument(
-        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N"
-    )
+    add_device_argument(parser)
     parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns of each method; the median counts")
     parser.add_argument("--json", type=writable, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--out", type=writable, metavar="FILE", help="JSON-lines file that the record is appended to")

@@ -24,17 +24,6 @@ from pathlib import Path
 
 from .records import BrokenLine, mean_std, read_runs, write_text
 
-# Colours that colour-blind readers can tell apart (Okabe and Ito), the same in every figure.
-COLOURS = {
-    "evograd": "#0072B2",
-    "evograd_guided": "#E69F00",
-    "mixed_mode": "#009E73",
-    "second_order": "#CC79A7",
-    "baseline": "#666666",
-    "cross_entropy": "#666666",
-    "theory": "#D55E00",
-}
-
 
 @dataclass
 class Table:

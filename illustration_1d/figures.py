@@ -1,11 +1,9 @@
 """The two figures of the one-dimensional illustration."""
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evograd.report import COLOURS
+from evograd import figures
+from evograd.figures import COLOURS
 
 
 def plot_hypergradients(lam, truth, limit, limit_at_optimum, estimates, at_optimum, path):
@@ -28,8 +26,7 @@ def plot_hypergradients(lam, truth, limit, limit_at_optimum, estimates, at_optim
         axis.set_xlabel("hyperparameter λ")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def plot_trajectories(trajectories, truth, path):
@@ -47,5 +44,4 @@ def plot_trajectories(trajectories, truth, path):
     axes[0].set_ylabel("hyperparameter λ")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)

@@ -97,7 +97,6 @@ def main(argv=None):
     seconds = perf_counter() - start
 
     folder = Path(args.figures)
-    folder.mkdir(parents=True, exist_ok=True)
     truth, limit = true_hypergradient(LAMBDAS), mean_theory(LAMBDAS)
     plot_hypergradients(
         LAMBDAS,
@@ -119,7 +118,6 @@ def main(argv=None):
     metrics["error_theory"] = (limit - truth).abs().mean()
     record = append_run(args.out, "illustration_1d", {"seed": args.seed}, metrics, {"seconds": seconds}, "cpu")
     print({name: round(value, 4) for name, value in record["metrics"].items()})
-    print(f"figures: {folder}/illustration_1d_*.png")
 
 
 if __name__ == "__main__":

@@ -4,26 +4,18 @@ For each data set: test accuracy over epochs by method, one panel for each noise
 epochs; the weights of clean and of noisy samples at the end of training.
 """
 
-import argparse
 import statistics
-from glob import glob
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evograd.records import read_runs
-from evograd.report import COLOURS
+from evograd import figures
+from evograd.figures import COLOURS
 
 TITLES = {
     "cross_entropy": "cross-entropy",
-    "evograd": "EvoGrad",
-    "evograd_guided": "EvoGrad, guided",
-    "mixed_mode": "mixed mode",
-    "second_order": "T1–T2 (higher)",
+    **figures.TITLES,
 }
+COLOUR = {**COLOURS, "cross_entropy": COLOURS["baseline"]}
 
 
 def panels(n, width=3.0, height=3.0):
@@ -52,14 +44,14 @@ def plot_accuracy(runs, path):
             epochs = range(1, len(mine[0]["test_accuracy"]) + 1)
             values = list(zip(*(metrics["test_accuracy"] for metrics in mine)))
             mean = [statistics.fmean(v) for v in values]
-            axis.plot(epochs, mean, color=COLOURS[method], lw=1.5, label=title)
+            axis.plot(epochs, mean, color=COLOUR[method], lw=1.5, label=title)
             if len(mine) > 1:
                 spread = [statistics.stdev(v) for v in values]
                 axis.fill_between(
                     epochs,
                     [m - s for m, s in zip(mean, spread)],
                     [m + s for m, s in zip(mean, spread)],
-                    color=COLOURS[method],
+                    color=COLOUR[method],
                     alpha=0.15,
                     lw=0,
                 )
@@ -73,7 +65,7 @@ def plot_accuracy(runs, path):
         frameon=False,
         fontsize=9,
     )
-    save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_weights(runs, path):
@@ -90,7 +82,7 @@ def plot_weights(runs, path):
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("learned weight")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    save(figure, path)
+    figures.save(figure, path)
 
 
 def plot_histograms(runs, path):
@@ -108,52 +100,23 @@ def plot_histograms(runs, path):
         axis.set_xlabel("learned weight")
     axes[0].set_ylabel("samples (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    save(figure, path)
-
-
-def save(figure, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    print(f"figure: {path}")
-
-
-def usual(runs):
-    """The runs of the settings that most runs of their data, method and noise have, the last of equals: one line in a panel."""
-    groups = {}
-    for run in runs:
-        config = run["config"]
-        key = tuple(sorted((k, str(v)) for k, v in config.items() if k != "seed"))
-        panel = (config["data"], config["method"], config["noise"], config["noise_level"])
-        groups.setdefault(panel, {}).setdefault(key, []).append(run)
-    return [run for settings in groups.values() for run in max(reversed(settings.values()), key=len)]
+    figures.save(figure, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", default=sorted(glob("label_noise_mwn/results/*.jsonl")), help="result files")
-    parser.add_argument("--out-dir", type=Path, default=Path("label_noise_mwn/results"), help="folder of the figures")
-    args = parser.parse_args(argv)
-    missing = [name for name in args.results if not Path(name).is_file()]
-    if missing:
-        parser.error(f"no such file: {', '.join(missing)}")
-    if not args.results:
-        parser.error("no result files in label_noise_mwn/results: run the experiment first, or name the files")
-    runs, broken = read_runs(args.results)
-    for line in broken:
-        print(f"left out: {line}")
-    runs = usual([run for run in runs if run["experiment"] == "label_noise_mwn"])
+    runs, folder = figures.runs_to_plot(__doc__, "label_noise_mwn", argv)
+    runs = figures.usual_settings(runs, ("data", "method", "noise", "noise_level"))
     runs.sort(key=lambda run: (run["config"]["noise"], run["config"]["noise_level"] or 0, run["config"]["seed"]))
     for data in dict.fromkeys(run["config"]["data"] for run in runs):
         mine = [run for run in runs if run["config"]["data"] == data]
-        plot_accuracy(mine, args.out_dir / f"label_noise_mwn_accuracy_{data}.png")
+        plot_accuracy(mine, folder / f"label_noise_mwn_accuracy_{data}.png")
         last = noise_of(mine[-1]["config"])
         with_weights = [run for run in mine if "weight_curves" in run["metrics"] and noise_of(run["config"]) == last]
         first = {run["config"]["method"]: run for run in reversed(with_weights)}  # of each method, the first seed
         chosen = [first[method] for method in TITLES if method in first]
         if chosen:
-            plot_weights(chosen, args.out_dir / f"label_noise_mwn_weights_{data}.png")
-            plot_histograms(chosen, args.out_dir / f"label_noise_mwn_histograms_{data}.png")
+            plot_weights(chosen, folder / f"label_noise_mwn_weights_{data}.png")
+            plot_histograms(chosen, folder / f"label_noise_mwn_histograms_{data}.png")
 
 
 if __name__ == "__main__":

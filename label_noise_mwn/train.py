@@ -151,13 +151,14 @@ class Trainer:
         """One update of the weight net (if it is its turn) and one of the model. Returns the training loss."""
         args = self.args
         x, y = self.batch(self.task.train, next(self.train_batches), self.random)
-        x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
         meta_turn = self.estimator is not None and self.n_steps % args.meta_every == 0
         log_quality = args.log_quality and self.n_steps % args.log_quality == 0
+        if meta_turn or log_quality:
+            x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
         # The paper's order is the weight net first. With weight_input "model" the model comes first: its step has the losses
         # that the weight net needs, and shows where θ goes.
-        model_first = meta_turn and args.weight_input == "model" and args.method != "second_order"
-        model_first = model_first or (meta_turn and args.method in LOOKAHEAD)
+        model_first = args.method != "second_order" and (args.weight_input == "model" or args.method in LOOKAHEAD)
+        model_first = model_first and meta_turn
 
         def train_loss(model, inputs=None):
             losses = F.cross_entropy(model(x), y, reduction="none")
@@ -212,7 +213,8 @@ class Trainer:
         problem = (val_loss, self.model, list(self.weight_net.parameters()))
         common = dict(parameters=theta, inner_lr=self.lr)
         guided = dict(noise="guided", temperature=TEMPERATURE["evograd_guided"], sigma=self.args.sigma, **common)
-        with torch.random.fork_rng(devices=[args_device] if (args_device := self.args.device).type == "cuda" else []):
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             exact = evograd.baselines.unrolled(own, *problem, **common)
             estimates = {
                 "evograd_k2": evograd.hypergradient(own, *problem, **common),

@@ -11,15 +11,12 @@ measured in fake tensors: the bytes and FLOPs of a model of any size, which is n
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd import cli
 from evograd.measuring import compare
-from evograd.records import append_run, seed_everything, write_text
+from evograd.records import append_run, seed_everything
 
 from .data import Batch, toy_language
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
@@ -109,11 +106,8 @@ def main(argv=None):
             raise ValueError(f"--length {real_length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
 
     name = encoder_name(args.encoder)
-    print(f"{name}, {args.batch_size} + {args.batch_size} sentences of {real_length} sub-words, measured")
     costs = compare(trainers_and_steps(make_encoder, real_length, args.batch_size, args.device), args.repeats)
-    config = {"encoder": name, "length": real_length, "batch_size": args.batch_size}
-    cli.finish_comparison(args, "metaxl", config, costs)
-
+    measured = {"encoder": name, "length": real_length, "batch_size": args.batch_size}
     architectures = []
     for size in args.architectures:
         for length in args.length:
@@ -129,9 +123,8 @@ def main(argv=None):
                 )
             if args.out:
                 append_run(args.out, "metaxl_architecture", config, methods, {}, args.device)
-    if args.json:
-        written = json.loads(Path(args.json).read_text(encoding="utf-8"))
-        write_text(args.json, json.dumps({**written, "architectures": architectures}, indent=1))
+    print()
+    cli.finish_comparison(args, "metaxl", measured, costs, {"architectures": architectures})
 
 
 if __name__ == "__main__":

@@ -1,39 +1,26 @@
 """Dev F1 over training, and the gates of the RTN, from result lines: python -m metaxl.plot [FILE.jsonl …] [--out-dir DIR]"""
 
-import argparse
-import json
 from collections import defaultdict
-from glob import glob
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evograd.records import mean_std, read_runs
-from evograd.report import COLOURS
+from evograd import figures
+from evograd.figures import COLOURS
+from evograd.records import mean_std
 
 TITLES = {
     "target_only": "target only",
     "joint_training": "joint training",
-    "evograd": "EvoGrad",
-    "evograd_guided": "EvoGrad, guided",
-    "mixed_mode": "mixed mode",
-    "second_order": "T1–T2 (higher)",
+    **figures.TITLES,
 }
 LINES = {**COLOURS, "joint_training": COLOURS["baseline"], "target_only": COLOURS["theory"]}
 
 
 def seeds_of_methods(runs):
-    """{method: its runs that differ in nothing but the seed, of the configuration that was run most often}."""
-    groups = defaultdict(list)
-    for run in runs:
-        groups[json.dumps({k: v for k, v in run["config"].items() if k != "seed"}, sort_keys=True)].append(run)
-    chosen = {}
-    for group in sorted(groups.values(), key=len, reverse=True):
-        chosen.setdefault(group[0]["config"]["method"], group)
-    return {method: chosen[method] for method in TITLES if method in chosen}
+    """{method: its runs of one configuration}."""
+    runs = figures.usual_settings(runs, ("method",))
+    groups = {method: [run for run in runs if run["config"]["method"] == method] for method in TITLES}
+    return {method: group for method, group in groups.items() if group}
 
 
 def plot_dev_f1(languages, path):
@@ -54,8 +41,7 @@ def plot_dev_f1(languages, path):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="lower right")
     axes[0][0].set_ylabel("dev F1 (%)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def plot_gates(languages, path):
@@ -88,37 +74,21 @@ def plot_gates(languages, path):
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axis.legend(fontsize=6, ncols=2, loc="upper center")
     axes[0][0].set_ylabel("mean of the gate, sigmoid(g)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="*", default=sorted(glob("metaxl/results/*.jsonl")), help="result files")
-    parser.add_argument("--out-dir", default="metaxl/results", help="folder of the figures")
-    args = parser.parse_args(argv)
-    missing = [name for name in args.results if not Path(name).is_file()]
-    if missing:
-        parser.error(f"no such file: {', '.join(missing)}")
-    if not args.results:
-        parser.error("no result files in metaxl/results: run the experiment first, or name the files")
-    runs, broken = read_runs(args.results)
-    for line in broken:
-        print(f"left out: {line}")
+    runs, folder = figures.runs_to_plot(__doc__, "metaxl", argv)
     by_data = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if run["experiment"] == "metaxl":
-            config = run["config"]
-            by_data[config["data"]][f"{config['source']} → {config['target']}"].append(run)
+        config = run["config"]
+        by_data[config["data"]][f"{config['source']} → {config['target']}"].append(run)
     for data, languages in by_data.items():
         learned = {name: [run for run in runs if "gates" in run["metrics"]] for name, runs in languages.items()}
         learned = {name: runs for name, runs in learned.items() if runs}
         for figure, plot, chosen in (("dev_f1", plot_dev_f1, languages), ("gates", plot_gates, learned)):
             if chosen:
-                path = Path(args.out_dir) / f"metaxl_{figure}_{data}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                plot(chosen, path)
-                print(f"figure: {path}")
+                plot(chosen, folder / f"metaxl_{figure}_{data}.png")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,11 @@
 """The learned angle over training, from result lines: python -m rotation.plot [FILE.jsonl …] [--out-dir DIR]"""
 
-import argparse
-from glob import glob
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from evograd.records import read_runs
-from evograd.report import COLOURS
+from evograd import figures
+from evograd.figures import COLOURS, TITLES
 
 from .train import CANDIDATES, parse_args
-
-TITLES = {
-    "evograd": "EvoGrad",
-    "evograd_guided": "EvoGrad, guided",
-    "mixed_mode": "mixed mode",
-    "second_order": "T1–T2 (higher)",
-}
 
 
 def plot_angles(runs, path):
@@ -37,8 +23,7 @@ def plot_angles(runs, path):
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("learned angle (degrees)")
     figure.axes[0].legend(figure.axes[0].lines[-1:], ["true angle"], loc="lower right", frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def is_default(config, data):
@@ -49,29 +34,11 @@ def is_default(config, data):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="*", default=sorted(glob("rotation/results/*.jsonl")), help="result files")
-    parser.add_argument("--out-dir", default="rotation/results", help="folder of the figures")
-    args = parser.parse_args(argv)
-    missing = [name for name in args.results if not Path(name).is_file()]
-    if missing:
-        parser.error(f"no such file: {', '.join(missing)}")
-    if not args.results:
-        parser.error("no result files in rotation/results: run the experiment first, or name the files")
-    runs, broken = read_runs(args.results)
-    for line in broken:
-        print(f"left out: {line}")
+    runs, folder = figures.runs_to_plot(__doc__, "rotation", argv)
     for data in ("mnist", "digits"):
-        chosen = [
-            run
-            for run in runs
-            if run["experiment"] == "rotation" and "angles" in run["metrics"] and is_default(run["config"], data)
-        ]
+        chosen = [run for run in runs if "angles" in run["metrics"] and is_default(run["config"], data)]
         if chosen:
-            path = Path(args.out_dir) / f"rotation_angle_{data}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            plot_angles(chosen, path)
-            print(f"figure: {path}")
+            plot_angles(chosen, folder / f"rotation_angle_{data}.png")
 
 
 if __name__ == "__main__":

@@ -18,3 +18,20 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, arguments, words): the script ends with exit code 2 and a message with the words in it, returned."""
+
+    def check(main, arguments, words=()):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        message = capsys.readouterr().err
+        for word in [words] if isinstance(words, str) else words:
+            assert word in message
+        return message
+
+    return check
