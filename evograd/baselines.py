@@ -1,8 +1,8 @@
-"""Second-order hypergradients to compare with, behind the same closures and the same result."""
+"""What EvoGrad is compared with, behind the same closures and the same result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ def unrolled(
     import higher  # here, so that EvoGrad itself does not need it
 
     check_positive("inner_lr", inner_lr)
-    if not isinstance(n_steps, int) or n_steps < 1:
-        raise ValueError(f"n_steps={n_steps!r} must be an integer of at least 1")
+    _check_count("n_steps", n_steps)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     own = dict(model.named_parameters())
     with problem.undisturbed():
@@ -52,9 +51,179 @@ def unrolled(
                 higher.patch.buffer_sync(model, functional)
             val = problem.scalar(val_loss, functional)
             grads = problem.assemble([partial(val, problem.hyperparameters)])
-    losses, val = first.reshape(1), val.detach()
+    return _result(grads, val.detach(), first.reshape(1))
+
+
+def finite_difference(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    inner_lr: float,
+    radius: float = 0.01,
+    parameters: Parameters = None,
+    lookahead: Parameters | str = "sgd",
+) -> Hypergradient:
+    """T1–T2 by a central difference, as in DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055):
+
+        dℓ_V/dλ ≈ ∂ℓ_V/∂λ − η (∂ℓ_T(θ⁺, λ)/∂λ − ∂ℓ_T(θ⁻, λ)/∂λ) / 2ε,   θ^± = θ ± ε G,   ε = radius / ‖G‖
+
+    with G = ∂ℓ_V/∂θ at the lookahead parameters. Both passes have the same random draws.
+
+    Args:
+        radius: > 0, the distance of θ^± from θ.
+        lookahead: where G is taken, as in `evograd.mixed_mode`; DARTS' own is "sgd".
+
+    The other arguments, returns and errors as in `evograd.mixed_mode`; `candidate_losses` are ℓ_T(θ⁺, λ) and ℓ_T(θ⁻, λ).
+    """
+    check_positive("inner_lr", inner_lr)
+    check_positive("radius", radius)
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    with problem.undisturbed():
+        draws = problem.random_state()
+        val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
+        norm = torch.stack([g.norm() for g in gradient.values()]).norm()
+        epsilon = radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        losses, partials = [], []
+        for sign in (1, -1):
+            with problem.replay(draws):
+                moved = {name: torch.addcmul(p, gradient[name], epsilon.to(p), value=sign) for name, p in problem.theta.items()}
+                loss = problem.loss(train_loss, moved)
+            partials.append(
+                [None if g is None else -sign * inner_lr / (2 * epsilon) * g for g in partial(loss, problem.hyperparameters)]
+            )
+            losses.append(loss.detach())
+        grads = problem.assemble([direct, *partials])
+    return _result(grads, val, torch.stack(losses))
+
+
+def neumann(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    inner_lr: float,
+    n_terms: int = 5,
+    parameters: Parameters = None,
+) -> Hypergradient:
+    """The implicit function theorem, with the inverse Hessian as a Neumann series (Lorraine, Vicol, Duvenaud, AISTATS 2020):
+
+        dℓ_V/dλ = ∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v,   v = η Σ_{i < n_terms} (I − η H)^i G,   H = ∂²ℓ_T/∂θ²,   G = ∂ℓ_V/∂θ
+
+    For many terms v is H⁻¹ G, if η is below 2 over the largest eigenvalue of H and no eigenvalue is negative or zero. It is
+    meant for a θ that minimises ℓ_T. One term is the T1–T2 hypergradient with G at θ itself. By double backward.
+
+    Args, returns and errors as in `evograd.baselines.unrolled`, with `n_terms` ≥ 1, the number of terms.
+    """
+    check_positive("inner_lr", inner_lr)
+    _check_count("n_terms", n_terms)
+
+    def solve(hessian, gradient):
+        term, total = gradient, gradient
+        for _ in range(n_terms - 1):
+            term = [t - inner_lr * h for t, h in zip(term, hessian(term))]
+            total = [s + t for s, t in zip(total, term)]
+        return [inner_lr * s for s in total]
+
+    return _implicit(train_loss, val_loss, model, hyperparameters, parameters, solve)
+
+
+def conjugate_gradient(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    n_iterations: int = 5,
+    damping: float = 0.0,
+    parameters: Parameters = None,
+) -> Hypergradient:
+    """The implicit function theorem, with the inverse Hessian by conjugate gradients (Pedregosa, ICML 2016; Rajeswaran et al.,
+    NeurIPS 2019):
+
+        dℓ_V/dλ = ∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v,   (H + δ I) v = G,   H = ∂²ℓ_T/∂θ²,   G = ∂ℓ_V/∂θ
+
+    It stops at a direction along which H + δ I is not positive: a network's Hessian has such ones away from a minimum, and δ
+    makes fewer of them. By double backward.
+
+    Args:
+        n_iterations: ≥ 1; as many as θ has elements give v exactly.
+        damping: δ ≥ 0.
+
+    The other arguments, returns and errors as in `evograd.baselines.unrolled`.
+    """
+    _check_count("n_iterations", n_iterations)
+    if damping != 0:
+        check_positive("damping", damping)
+
+    def solve(hessian, gradient):
+        v = [torch.zeros_like(g) for g in gradient]
+        residual, direction, size = gradient, gradient, _dot(gradient, gradient)
+        going = torch.ones_like(size)
+        for _ in range(n_iterations):
+            image = [h + damping * d for h, d in zip(hessian(direction), direction)]
+            curvature = _dot(direction, image)
+            # As tensors, so that nothing waits for the device; once it has stopped or converged no further step is made.
+            going = going * ((curvature > 0) & (size > 0))
+            length = going * torch.nan_to_num(size / curvature, posinf=0.0, neginf=0.0)
+            v = [a + length * d for a, d in zip(v, direction)]
+            residual = [r - length * i for r, i in zip(residual, image)]
+            new_size = _dot(residual, residual)
+            ratio = torch.nan_to_num(new_size / size, posinf=0.0)
+            direction = [r + ratio * d for r, d in zip(residual, direction)]
+            size = new_size
+        return v
+
+    return _implicit(train_loss, val_loss, model, hyperparameters, parameters, solve)
+
+
+def _implicit(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    parameters: Parameters,
+    solve: Callable[[Callable[[list[Tensor]], list[Tensor]], list[Tensor]], list[Tensor]],
+) -> Hypergradient:
+    """∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v, with v of solve(v -> H v, G)."""
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    with problem.undisturbed():
+        val, direct, at_val = problem.val_gradient(problem.theta)
+        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+        theta, gradient = list(leaves.values()), list(at_val.values())
+        loss = problem.loss(train_loss, leaves)
+        slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True) if loss.requires_grad else ()
+        curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
+
+        def vector_product(inputs, vector, keep):
+            """Σ_i ∂(∂ℓ_T/∂θ_i)/∂inputs · v_i; None where an input has no part in it."""
+            if not curved:
+                return [None] * len(inputs)
+            outputs, vectors = [slopes[i] for i in curved], [vector[i] for i in curved]
+            return torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
+
+        def hessian(vector):
+            return [torch.zeros_like(p) if h is None else h for h, p in zip(vector_product(theta, vector, True), theta)]
+
+        mixed = vector_product(problem.hyperparameters, solve(hessian, gradient), False)
+        grads = problem.assemble([direct, [None if m is None else -m for m in mixed]])
+    return _result(grads, val, loss.detach().reshape(1))
+
+
+def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:
     check_finite(losses, val)
-    return Hypergradient(grads, val, losses, torch.ones_like(losses))
+    return Hypergradient(grads, val, losses, torch.full_like(losses, 1 / len(losses)))
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 class _Uncopied(list):

@@ -24,8 +24,8 @@ class Hypergradient:
 
     grads: dℓ_V/dλ, one tensor for each hyperparameter, of its shape.
     val_loss: (), ℓ_V where the estimator took it (merged, lookahead or unrolled parameters).
-    candidate_losses: (K,), ℓ_T of each candidate; (1,), ℓ_T(θ), for the estimators that have none.
-    weights: (K,), softmax(−ℓ/τ); (1,), one, likewise.
+    candidate_losses: (K,), ℓ_T of each candidate; (1,), ℓ_T(θ), for the estimators that have none; (2,) for finite differences.
+    weights: (K,), softmax(−ℓ/τ); equal ones for the estimators that have none.
     """
 
     grads: list[Tensor]

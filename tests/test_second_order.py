@@ -1,6 +1,8 @@
-"""T1–T2: `unrolled` against closed forms and finite differences, `mixed_mode` against `unrolled`."""
+"""The other estimators: against closed forms, finite differences and each other."""
 
 import copy
+import re
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 import evograd
 
 from .problems import KINDS, Bilevel, bilevel
-from .test_hypergradient import quadratic, relative_difference
+from .test_hypergradient import Vector, quadratic, relative_difference
 
 ETA = 0.3
 FORWARD_MODE_KINDS = [kind for kind in KINDS if kind != "weight_norm"]  # PyTorch has no forward-mode formula for it
@@ -120,6 +122,92 @@ def test_unrolled_perturbs_only_the_named_parameters():
     head = evograd.baselines.unrolled(*problem.args(), inner_lr=ETA, parameters=["2.weight", "2.bias"]).grads
     whole = evograd.baselines.unrolled(*problem.args(), inner_lr=ETA).grads
     assert relative_difference(head, whole) > 1e-2
+
+
+# --- finite differences and the implicit function theorem ---------------------------------------------------------------
+
+
+def quadratic_with_derivatives():
+    """(arguments, A, G) of the quadratic: H = A and ∂²ℓ_T/∂λ∂θ = −A, so that dℓ_V/dλ = A v."""
+    args, _ = quadratic()
+    train_loss, val_loss, model, _ = args
+    x = model.x.detach()
+    a = torch.func.hessian(lambda x: train_loss(Namespace(x=x)))(x)
+    return args, a, torch.func.grad(lambda x: val_loss(Namespace(x=x)))(x)
+
+
+def test_finite_difference_equals_the_closed_form():
+    args, exact = quadratic()
+    for radius in (1e-3, 1.0):  # the quadratic has no third derivative
+        estimate = evograd.baselines.finite_difference(*args, inner_lr=ETA, radius=radius).grads
+        assert relative_difference(estimate, [exact(ETA)]) < 1e-9
+    at_theta = evograd.baselines.finite_difference(*args, inner_lr=ETA, lookahead=None).grads
+    assert relative_difference(at_theta, evograd.mixed_mode(*args, inner_lr=ETA).grads) < 1e-9
+
+
+def test_neumann_and_conjugate_gradient_converge_to_the_closed_form():
+    args, a, g = quadratic_with_derivatives()
+    exact = a @ torch.linalg.solve(a, g)
+    smallest, *_, largest = torch.linalg.eigvalsh(a).tolist()
+    series = evograd.baselines.neumann(*args, inner_lr=1 / largest, n_terms=int(16 * largest / smallest)).grads
+    assert relative_difference(series, [exact]) < 1e-6
+    conjugate_gradient, n = evograd.baselines.conjugate_gradient, len(g)
+    assert relative_difference(conjugate_gradient(*args, n_iterations=n).grads, [exact]) < 1e-6
+    assert relative_difference(conjugate_gradient(*args, n_iterations=n - 2).grads, [exact]) > 1e-4
+    damped = a @ torch.linalg.solve(a + 0.5 * torch.eye(n).to(a), g)
+    assert relative_difference(conjugate_gradient(*args, n_iterations=n, damping=0.5).grads, [damped]) < 1e-6
+
+
+def test_truncated_neumann_series_equals_its_sum():
+    """v = η Σ_{i<3} (I − η A)^i G, written out; one term is T1–T2 with G at θ."""
+    args, a, g = quadratic_with_derivatives()
+    step = lambda v: v - ETA * a @ v
+    expected = a @ (ETA * (g + step(g) + step(step(g))))
+    assert relative_difference(evograd.baselines.neumann(*args, inner_lr=ETA, n_terms=3).grads, [expected]) < 1e-12
+    one = evograd.baselines.neumann(*args, inner_lr=ETA, n_terms=1).grads
+    assert relative_difference(one, evograd.mixed_mode(*args, inner_lr=ETA).grads) < 1e-12
+
+
+def test_conjugate_gradient_stays_finite():
+    """Along a direction of negative curvature it stops, and after convergence nothing moves."""
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for curvature, n_iterations in ((torch.tensor([1.0, -1.0]), 5), (torch.tensor([2.0, 2.0]), 30)):
+        model, lam = Vector(2), torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        model.x.data.copy_(x)
+        args = (lambda m, c=curvature: 0.5 * (c * (m.x - lam).square()).sum(), lambda m: m.x.square().sum() / 2, model, [lam])
+        (grad,) = evograd.baselines.conjugate_gradient(*args, n_iterations=n_iterations).grads
+        assert grad.isfinite().all()
+    torch.testing.assert_close(grad, x)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dropout"])
+def test_on_networks(kind):
+    """Against mixed mode: finite differences with the same lookahead, one term of the Neumann series without."""
+    problem = bilevel(kind)
+    settings = dict(inner_lr=ETA, parameters=problem.parameters)
+    exact = evograd.baselines.unrolled(*problem.args(), **settings).grads
+    finite = evograd.baselines.finite_difference(*problem.args(), radius=1e-4, **settings).grads
+    assert relative_difference(finite, exact) < 1e-5
+    one = evograd.baselines.neumann(*problem.args(), n_terms=1, **settings).grads
+    close = evograd.baselines.finite_difference(*problem.args(), radius=1e-4, lookahead=None, **settings).grads
+    assert relative_difference(one, close) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("unrolled", dict(inner_lr=0.1, n_steps=0), "n_steps=0 must be an integer of at least 1"),
+        ("finite_difference", dict(inner_lr=0.1, radius=0), "radius=0 must be a positive"),
+        ("finite_difference", dict(inner_lr=0.1, lookahead="adam"), "lookahead='adam' is unknown"),
+        ("neumann", dict(inner_lr=-1), "inner_lr=-1 must be a positive"),
+        ("neumann", dict(inner_lr=0.1, n_terms=1.5), "n_terms=1.5 must be an integer"),
+        ("conjugate_gradient", dict(n_iterations=0), "n_iterations=0 must be an integer"),
+        ("conjugate_gradient", dict(damping=-0.1), "damping=-0.1 must be a positive"),
+    ],
+)
+def test_bad_settings(method, settings, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        getattr(evograd.baselines, method)(*bilevel("mlp").args(), **settings)
 
 
 @pytest.mark.parametrize(
