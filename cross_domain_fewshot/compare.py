@@ -18,7 +18,7 @@ from evograd.measuring import Cost, compare, flops, peak_bytes, seconds
 from evograd.records import seed_everything
 
 from .models import RESNETS
-from .train import METHODS, Trainer, parse_args
+from .train import Trainer, parse_args
 
 N_CLASSES = 64  # miniImagenet's base classes
 PLAIN = "fixed"
@@ -51,7 +51,7 @@ def main(argv=None):
     parser.add_argument("--fake", action="store_true", help="take no time: count FLOPs and bytes only")
     args = parser.parse_args(argv)
     seed_everything(1)
-    methods = [PLAIN, *(m for m in METHODS if m not in ("none", PLAIN))]
+    methods = [PLAIN, *args.methods]
     if args.device.type == "cuda" and not args.fake:
         costs = {}
         for method in methods:  # one after the other: models of the others would count in the allocator's peak

@@ -4,26 +4,22 @@
 
 For each of --steps pairs of episodes, the exact hypergradient is that through one SGD step of the model's learning rate on the
 pseudo-seen episode (double backward), for one draw of the transformations' noise. Every estimate starts from the same draw.
-With fresh random numbers the candidates of EvoGrad after the first then draw others; with common ones they all have that of
-the exact hypergradient. Parameters, γ and β stay as they are. Each estimator has a record of its own: means over the steps.
+EvoGrad's candidates after the first then draw others; with common random numbers (…_common) they all have that of the exact
+hypergradient. Parameters, γ and β stay as they are. Each estimator has a record of its own: means over the steps.
 """
 
 import argparse
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from evograd import checkpoints, cli, hypergradient, mixed_mode
-from evograd.baselines import unrolled
+from evograd import checkpoints, cli
 from evograd.quality import agreement
 from evograd.records import append_run, mean_std, seed_everything
 
 from .data import TrainingSteps, cache_if_small, load_domain, stream
 from .models import transformations
-from .train import INNER_LR, TEMPERATURE, Trainer, prepare
-
-CANDIDATES = (2, 10, 50)
+from .train import Trainer, prepare
 
 
 def parse_args(argv=None):
@@ -39,23 +35,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def estimators(lr, generator):
-    """{name: function of (train_loss, val_loss, model, hyperparameters, parameters=…)}: the settings of train.py.
-
-    generator: EvoGrad's directions are drawn from it, so that they take nothing from the transformations' draws.
-    """
-    result = {}
-    for k in CANDIDATES:
-        for label, common in (("fresh", False), ("common", True)):
-            settings = dict(n_candidates=k, temperature=TEMPERATURE["evograd"], common_random_numbers=common, inner_lr=lr)
-            result[f"evograd_k{k}_{label}"] = partial(hypergradient, generator=generator, **settings)
-    guided = partial(hypergradient, noise="guided", temperature=TEMPERATURE["evograd_guided"], inner_lr=lr)
-    result["evograd_guided_theta"], result["evograd_guided"] = guided, partial(guided, lookahead="sgd")
-    result["mixed_mode_theta"] = partial(mixed_mode, inner_lr=lr)
-    result["mixed_mode"] = partial(mixed_mode, inner_lr=lr, lookahead="sgd")
-    return result
-
-
 def main(argv=None):
     args = parse_args(argv)
     with cli.exit_on_bad_input():
@@ -65,7 +44,7 @@ def main(argv=None):
         config = state["config"]
         if config["method"] == "none":
             raise ValueError(f"{args.checkpoint} is of method 'none': it has no transformations")
-        settings = argparse.Namespace(**{**config, "device": args.device, "data_dir": args.data_dir})
+        settings = argparse.Namespace(**{**config, "device": args.device, "data_dir": args.data_dir, "log_quality": None})
         trainer = Trainer(settings, state["n_classes"])
         trainer.model.load_state_dict(state["model"])
         domains = [load_domain(config["data"], args.data_dir, name, "base", config["image_size"]) for name in config["seen"]]
@@ -75,7 +54,6 @@ def main(argv=None):
     # Other episodes than those that it was trained on, each pair from domains of its own.
     steps = TrainingSteps(domains, args.seed + 10_000, 1, config["n_way"], n_images, 1, with_unseen=True)
     generator = torch.Generator().manual_seed(args.seed)
-    lr = INNER_LR["second_order"]
     modules = transformations(trainer.model).values()
     parts = {"": trainer.hyperparameters, "_gamma": [m.gamma for m in modules], "_beta": [m.beta for m in modules]}
     places = {
@@ -83,25 +61,23 @@ def main(argv=None):
     }
     for p in trainer.hyperparameters:
         p.requires_grad_(True)
-    methods = estimators(lr, torch.Generator().manual_seed(args.seed))
-    seen = {name: {f"{measure}{key}": [] for measure in ("cosine", "sign", "norm") for key in places} for name in methods}
+    seen = {}  # {estimator: {measure and part: values}}
     batches = stream(steps, range(args.steps), n_workers, pin=False)
     for t, batch in enumerate(tqdm(batches, total=args.steps, desc="quality", unit="step", mininterval=1)):
         train_loss, val_loss = trainer.losses(*prepare(settings, batch, generator)[:2])
 
-        def grads(estimator):
+        def grads(estimate):
             torch.manual_seed(args.seed * 1_000_003 + t)  # the same draws of the transformations for all
-            return estimator(
-                train_loss, val_loss, trainer.model, trainer.hyperparameters, parameters=list(trainer.episodic)
-            ).grads
+            return estimate().grads
 
-        exact = grads(partial(unrolled, inner_lr=lr))
-        for name, estimator in methods.items():
-            estimate = grads(estimator)
+        estimates = trainer.estimates(train_loss, val_loss)
+        exact = grads(estimates.pop("exact"))
+        for name, estimate in estimates.items():
+            grad, values = grads(estimate), seen.setdefault(name, {})
             for key, indices in places.items():
-                result = agreement([estimate[i] for i in indices], [exact[i] for i in indices])
+                result = agreement([grad[i] for i in indices], [exact[i] for i in indices])
                 for measure, value in result.items():
-                    seen[name][f"{measure}{key}"].append(value)
+                    values.setdefault(f"{measure}{key}", []).append(value)
     metrics = {}
     print(f"{'mean of ' + str(args.steps) + ' steps':26}{'cosine':>10}{'± s.d.':>9}{'γ':>8}{'β':>8}{'sign':>8}{'norm':>9}")
     for name, values in seen.items():

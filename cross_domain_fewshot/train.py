@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evograd import checkpoints, cli
+from evograd.quality import QualityLog, estimates
 from evograd.records import append_run, check_writable, seed_everything
 
 from .data import DATASETS, GLYPH_FONTS, PAPER_DOMAINS, TrainingSteps, augmented, cache_if_small, centred, load_domain, stream
 from .evaluate import TEST_SEED, interval, score
 from .models import BACKBONES, HEADS, FewShotModel, episode_loss, transformations
 
-METHODS = ("none", "fixed", "evograd", "evograd_guided", "mixed_mode", "second_order")
+METHODS = ("none", "fixed", *cli.ESTIMATORS)
 BY_DATA = {  # what depends on the data: the paper's settings, and small ones for glyphs
     "glyphs": dict(backbone="conv4", image_size=28, width=32, n_query=8, epochs=30, episodes=10, test_episodes=600),
     "filelists": dict(backbone="resnet10", image_size=None, width=64, n_query=16, epochs=400, episodes=100, test_episodes=1000),
@@ -34,21 +35,24 @@ IMAGE_SIZE = {"conv4": 84, "conv6": 84}  # a ResNet's is 224
 # τ. A guided perturbation is σ√P long, in the one direction that matters: with the paper's temperature the softmax is one-hot.
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η: that of the model's update. With a given lookahead it is only the scale of the hypergradient, which Adam does not see.
-INNER_LR = {"evograd_guided": 1e-3, "mixed_mode": 1e-3, "second_order": 1e-3}
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr", "transform_lr")
+INNER_LR = dict.fromkeys(("evograd_guided", "mixed_mode", "second_order", "finite_difference", "neumann"), 1e-3)
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr", "transform_lr", "log_quality")
 READS = {
     "none": (),
     "fixed": (),
     "evograd": CANDIDATES,
     "evograd_guided": CANDIDATES,
-    "mixed_mode": ("inner_lr", "transform_lr"),
-    "second_order": ("inner_lr", "transform_lr"),
+    "mixed_mode": ("inner_lr", "transform_lr", "log_quality"),
+    "second_order": ("inner_lr", "inner_steps", "transform_lr", "log_quality"),
+    "finite_difference": ("inner_lr", "transform_lr", "log_quality"),
+    "neumann": ("inner_lr", "inner_steps", "transform_lr", "log_quality"),
+    "conjugate_gradient": ("inner_steps", "transform_lr", "log_quality"),
 }
 # These differentiate through the update that was made: the training loss is taken at the parameters before it, with the same
 # draws of the transformations. Guided and mixed mode take the validation gradient at the parameters after it, which costs
 # a copy of the parameters and no computation; T1-T2 makes an SGD step of its own.
-AROUND_THE_UPDATE = ("evograd_guided", "mixed_mode", "second_order")
-LOOKAHEAD = ("evograd_guided", "mixed_mode")
+AROUND_THE_UPDATE = ("evograd_guided", "mixed_mode", "finite_difference", "second_order")
+LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
 
 
 def parse_args(argv=None):
@@ -149,6 +153,7 @@ class Trainer:
         for p in self.hyperparameters:
             p.requires_grad_(False)
         self.draws = random.Random(args.seed)  # seeds of the transformations' noise, one a step
+        self.n_steps, self.quality = 0, QualityLog(args.seed)
 
     def losses(self, seen, unseen):
         """(ℓ_T, ℓ_V) as functions of the model: episodes with transformations in training, and without in eval mode."""
@@ -172,7 +177,8 @@ class Trainer:
         train_loss, val_loss = self.losses(seen, unseen)
         draw = self.draws.getrandbits(62)
         before = {}
-        if self.args.method in AROUND_THE_UPDATE:
+        log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
+        if self.args.method in AROUND_THE_UPDATE or log_quality:
             before = {name: p.detach().clone() for name, p in self.episodic.items()}
 
         torch.manual_seed(draw)
@@ -187,19 +193,36 @@ class Trainer:
         if self.estimator is not None:
             self.optimizer.zero_grad()  # their memory is free for the candidates
             around = {"parameters": list(self.episodic)}
-            if before:
+            if self.args.method in AROUND_THE_UPDATE:
                 torch.manual_seed(draw)
                 around["parameters"] = before
             if self.args.method in LOOKAHEAD:
                 around["lookahead"] = self.episodic
             for p in self.hyperparameters:
                 p.requires_grad_(True)
+            if log_quality:
+                self.quality.add(self.n_steps, self.estimates(train_loss, val_loss, before), seen.device)
             result = self.estimator(train_loss, val_loss, self.model, self.hyperparameters, **around)
             for p, gradient in zip(self.hyperparameters, result.grads):
                 p.requires_grad_(False)  # in the model's own update no map is kept for them
                 p.grad = gradient
             self.transform_optimizer.step()
+        self.n_steps += 1
         return loss.detach()
+
+    def estimates(self, train_loss, val_loss, theta=None):
+        """The estimators that are compared with exact T1-T2, at `theta`: the parameters before the model's update, or now's."""
+        return estimates(
+            train_loss,
+            val_loss,
+            self.model,
+            self.hyperparameters,
+            inner_lr=INNER_LR["second_order"],
+            generator=self.quality.generator,
+            sigma=self.args.sigma,
+            parameters=theta or list(self.episodic),
+            made=self.episodic if theta else None,
+        )
 
 
 def auxiliary_weight(epoch, epochs):
@@ -256,7 +279,7 @@ def checkpoint(trainer, n_classes, config, epoch, history):
 
 def recorded(args):
     """The configuration that a record holds: what the result depends on, and no paths."""
-    left_out = ("out", "data_dir", "encoder", "checkpoint", "checkpoint_every", "cache_gb", "workers", "device")
+    left_out = ("out", "log_quality", "data_dir", "encoder", "checkpoint", "checkpoint_every", "cache_gb", "workers", "device")
     return {**{k: v for k, v in vars(args).items() if k not in left_out}, "pretrained": args.encoder is not None}
 
 
@@ -321,6 +344,8 @@ def main(argv=None):
             "gamma": [[round(v, 5) for v in values[0]] for values in history[::every]],
             "beta": [[round(v, 5) for v in values[1]] for values in history[::every]],
         }
+        if args.log_quality:
+            metrics |= trainer.quality.metrics()
     append_run(
         args.out,
         "cross_domain_fewshot",

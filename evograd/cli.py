@@ -12,11 +12,22 @@ from functools import partial
 
 import torch
 
-from .baselines import unrolled
+from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
 from .records import append_run, check_writable, environment, write_text
+
+ESTIMATORS = (
+    "evograd",
+    "evograd_guided",
+    "mixed_mode",
+    "second_order",
+    "finite_difference",
+    "neumann",
+    "conjugate_gradient",
+)
+DAMPING = 0.1  # of conjugate gradients: a network's Hessian has directions of negative curvature
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -65,6 +76,15 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
     group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")
+    group.add_argument(
+        "--log-quality", type=at_least(1), metavar="N", help="every N steps compare all estimators with exact T1-T2; takes long"
+    )
+    group.add_argument(
+        "--inner-steps",
+        type=at_least(1),
+        metavar="N",
+        help="SGD steps of second_order (default 1), terms of neumann, iterations of conjugate_gradient (default 5)",
+    )
 
 
 def estimators(args: argparse.Namespace) -> dict[str, Callable]:
@@ -80,7 +100,10 @@ def estimators(args: argparse.Namespace) -> dict[str, Callable]:
         "evograd": partial(hypergradient, **candidates),
         "evograd_guided": partial(hypergradient, noise="guided", **candidates),
         "mixed_mode": partial(mixed_mode, inner_lr=args.inner_lr),
-        "second_order": partial(unrolled, inner_lr=args.inner_lr),
+        "second_order": partial(unrolled, inner_lr=args.inner_lr, n_steps=args.inner_steps or 1),
+        "finite_difference": partial(finite_difference, inner_lr=args.inner_lr),
+        "neumann": partial(neumann, inner_lr=args.inner_lr, n_terms=args.inner_steps or 5),
+        "conjugate_gradient": partial(conjugate_gradient, n_iterations=args.inner_steps or 5, damping=DAMPING),
     }
 
 
@@ -97,6 +120,9 @@ def comparison_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     add_device_argument(parser)
     parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns of each method; the median counts")
+    parser.add_argument(
+        "--methods", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS[:4]), metavar="METHOD", help=", ".join(ESTIMATORS)
+    )
     parser.add_argument("--json", type=writable, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--out", type=writable, metavar="FILE", help="JSON-lines file that the record is appended to")
     return parser

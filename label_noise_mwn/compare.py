@@ -13,7 +13,7 @@ from evograd.records import seed_everything
 
 from .data import CIFAR_MEAN, CIFAR_STD, Source, make_task
 from .models import MODELS
-from .train import METHODS, Trainer, parse_args
+from .train import Trainer, parse_args
 
 
 def random_source(n, n_classes=10, size=32):
@@ -34,7 +34,7 @@ def main(argv=None):
     task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
     common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--batch-size", str(args.batch_size)]
     common += ["--channels-last"] * args.channels_last
-    trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in METHODS}
+    trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in ("cross_entropy", *args.methods)}
     steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
     costs = compare(steps, args.repeats)
     config = {"model": args.model, "batch_size": args.batch_size, "channels_last": args.channels_last}

@@ -13,7 +13,6 @@ noise as it was drawn, cost of a step) is appended to --out as one JSON line.
 
 import argparse
 from pathlib import Path
-from statistics import fmean
 from time import perf_counter
 
 import torch
@@ -23,17 +22,16 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 from tqdm import tqdm
 
-import evograd
 from evograd import cli
 from evograd.data import batches
 from evograd.measuring import measure
-from evograd.quality import agreement
+from evograd.quality import QualityLog, estimates
 from evograd.records import append_run, check_writable, seed_everything
 
 from .data import DATASETS, NOISES, load, make_task
 from .models import MODELS, weight_net
 
-METHODS = ("cross_entropy", "evograd", "evograd_guided", "mixed_mode", "second_order")
+METHODS = ("cross_entropy", *cli.ESTIMATORS)
 CIFAR = dict(
     model="resnet32", epochs=60, meta_images=1000, val_images=1000, lr=0.1, crop_padding=4, flip=True,
     meta_optimizer="sgd", meta_lr=1e-3,
@@ -45,18 +43,21 @@ DIGITS = dict(
 # τ. Guided candidates lie σ√P from the model in the one direction that matters: with the paper's τ the softmax saturates.
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # The weight net's input: each candidate's own losses, as in the authors' code, or those of the model for all candidates.
-WEIGHT_INPUT = {"evograd": "candidate", "evograd_guided": "model", "mixed_mode": "model", "second_order": "model"}
+WEIGHT_INPUT = {method: "candidate" if method == "evograd" else "model" for method in cli.ESTIMATORS}
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
 # really made, which costs one copy of the parameters and no computation.
-LOOKAHEAD = ("evograd_guided", "mixed_mode")
-META = ("meta_every", "meta_optimizer", "meta_lr", "normalize_weights", "log_quality", "inner_lr")
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "weight_input")
+LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
+META = ("meta_every", "meta_optimizer", "meta_lr", "normalize_weights", "log_quality")
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "weight_input", "inner_lr")
 READS = {
     "cross_entropy": (),
     "evograd": META + CANDIDATES,
     "evograd_guided": META + CANDIDATES,
-    "mixed_mode": META,
-    "second_order": META,
+    "mixed_mode": (*META, "inner_lr"),
+    "second_order": (*META, "inner_lr", "inner_steps"),
+    "finite_difference": (*META, "weight_input", "inner_lr"),
+    "neumann": (*META, "inner_lr", "inner_steps"),
+    "conjugate_gradient": (*META, "inner_steps"),
 }
 MOMENTUM = dict(momentum=0.9, nesterov=True, weight_decay=5e-4)  # of the model's SGD and of the weight net's
 LOSS_GRID = torch.linspace(0, 10, 101)  # at which the learned weight is recorded
@@ -87,7 +88,6 @@ def parse_args(argv=None):
     add("--meta-lr", type=cli.positive, help="default: 1e-3, digits 3e-3")
     add("--weight-input", choices=("candidate", "model"), help="whose losses the weight net sees; default: by method")
     add("--normalize-weights", action=argparse.BooleanOptionalAction, default=True, help="divide weights by their sum")
-    add("--log-quality", type=cli.at_least(1), metavar="N", help="every N steps compare the estimators with exact T1-T2")
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -133,7 +133,7 @@ class Trainer:
         self.meta_random = torch.Generator(args.device).manual_seed(args.seed + 1)
         self.train_batches = batches(len(task.train), args.batch_size, self.random)
         self.meta_batches = batches(len(task.meta), args.batch_size, self.meta_random)
-        self.n_steps, self.quality = 0, []
+        self.n_steps, self.quality = 0, QualityLog(args.seed)
 
     def batch(self, split, index, generator):
         images = self.task.augmented(split.images[index], self.args.crop_padding, self.args.flip, generator)
@@ -157,8 +157,8 @@ class Trainer:
             x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
         # The paper's order is the weight net first. With weight_input "model" the model comes first: its step has the losses
         # that the weight net needs, and shows where θ goes.
-        model_first = args.method != "second_order" and (args.weight_input == "model" or args.method in LOOKAHEAD)
-        model_first = model_first and meta_turn
+        known_losses = args.weight_input == "model" and args.method in ("evograd", *LOOKAHEAD)
+        model_first = meta_turn and (known_losses or args.method in LOOKAHEAD)
 
         def train_loss(model, inputs=None):
             losses = F.cross_entropy(model(x), y, reduction="none")
@@ -181,10 +181,10 @@ class Trainer:
         self.optimizer.step()
 
         if log_quality:
-            self.quality.append(self.measure_quality(train_loss, val_loss, before, losses.detach()))
+            self.log_quality(train_loss, val_loss, before, losses.detach())
         if model_first:
             known = losses.detach()
-            closure = (lambda model: train_loss(model, known)) if args.weight_input == "model" else train_loss
+            closure = (lambda model: train_loss(model, known)) if known_losses else train_loss
             around = {"parameters": before}
             if args.method in LOOKAHEAD:
                 around["lookahead"] = dict(self.model.named_parameters())
@@ -194,10 +194,9 @@ class Trainer:
 
     def meta_step(self, train_loss, val_loss, **around):
         """The weight net's update. EvoGrad as in the paper has its own scale; T1-T2 looks ahead by the model's current rate."""
-        inner_lr = self.args.inner_lr or (None if self.args.method == "evograd" else self.lr)
-        result = self.estimator(
-            train_loss, val_loss, self.model, list(self.weight_net.parameters()), inner_lr=inner_lr, **around
-        )
+        if self.args.method not in ("evograd", "conjugate_gradient"):
+            around["inner_lr"] = self.args.inner_lr or self.lr
+        result = self.estimator(train_loss, val_loss, self.model, list(self.weight_net.parameters()), **around)
         for p, gradient in zip(self.weight_net.parameters(), result.grads):
             p.grad = gradient
         self.meta_optimizer.step()
@@ -206,29 +205,21 @@ class Trainer:
     def lr(self):
         return self.optimizer.param_groups[0]["lr"]
 
-    def measure_quality(self, train_loss, val_loss, theta, losses):
-        """Agreement of each estimate at `theta`, before the model's step, with T1-T2 by `higher` on the same batches."""
-        known, own = (lambda model: train_loss(model, losses)), train_loss
-        made = dict(self.model.named_parameters())
+    def log_quality(self, train_loss, val_loss, theta, losses):
+        """Every estimate at `theta`, before the model's step, beside T1-T2 on the same batches.
+
+        Where no derivative is taken by the losses that the weight net sees, the candidates have those of θ, or (…_candidate,
+        and the paper's evograd) their own.
+        """
         problem = (val_loss, self.model, list(self.weight_net.parameters()))
-        common = dict(parameters=theta, inner_lr=self.lr)
-        guided = dict(noise="guided", temperature=TEMPERATURE["evograd_guided"], sigma=self.args.sigma, **common)
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            exact = evograd.baselines.unrolled(own, *problem, **common)
-            estimates = {
-                "evograd_k2": evograd.hypergradient(own, *problem, **common),
-                "evograd_k10": evograd.hypergradient(own, *problem, n_candidates=10, **common),
-                "evograd_k2_model": evograd.hypergradient(known, *problem, **common),
-                "evograd_k10_model": evograd.hypergradient(known, *problem, n_candidates=10, **common),
-                "guided": evograd.hypergradient(known, *problem, **guided),
-                "guided_sgd": evograd.hypergradient(known, *problem, lookahead="sgd", **guided),
-                "guided_made": evograd.hypergradient(known, *problem, lookahead=made, **guided),
-                "guided_made_candidate": evograd.hypergradient(own, *problem, lookahead=made, **guided),
-                "mixed_sgd": evograd.mixed_mode(own, *problem, lookahead="sgd", **common),
-                "mixed_made": evograd.mixed_mode(own, *problem, lookahead=made, **common),
-            }
-        return {"step": self.n_steps, **{name: agreement(e.grads, exact.grads) for name, e in estimates.items()}}
+        common = dict(inner_lr=self.lr, generator=self.quality.generator, sigma=self.args.sigma, parameters=theta)
+        common["made"] = dict(self.model.named_parameters())
+        own = estimates(train_loss, *problem, **common)
+        known = estimates(lambda model: train_loss(model, losses), *problem, **common)
+        chosen = {n: known[n] if n.startswith(("guided", "finite")) else estimate for n, estimate in own.items()}
+        chosen |= {f"{name}_model": known[name] for name in ("evograd_k2", "evograd_k10")}
+        chosen["guided_made_candidate"] = own["guided_made"]
+        self.quality.add(self.n_steps, chosen, self.args.device)
 
 
 @torch.no_grad()
@@ -313,9 +304,7 @@ def main(argv=None):
         metrics["weight_losses"] = [round(value, 3) for value in LOSS_GRID.tolist()]
         metrics["weight_curves"] = {e: [round(w, 4) for w in curve.tolist()] for e, curve in weight_curves.items()}
         if args.log_quality:
-            metrics["quality"] = trainer.quality
-            names = [name for name in trainer.quality[0] if name != "step"]
-            metrics["cosine"] = {n: fmean(entry[n]["cosine"] for entry in trainer.quality) for n in names}
+            metrics |= trainer.quality.metrics()
     args.log_quality = None  # what follows is the step's own cost
     step_cost = measure(trainer.step, repeats=5, warmup=1)  # after the training, whose result is taken
     cost = {"seconds": seconds, "seconds_per_step": step_cost.seconds}

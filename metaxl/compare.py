@@ -20,7 +20,7 @@ from evograd.records import append_run, seed_everything
 
 from .data import Batch, toy_language
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
-from .train import METHODS, Step, Trainer, parse_args
+from .train import Step, Trainer, parse_args
 
 # What sets XLM-R large apart from XLM-R base, which has 12 layers of 768.
 XLM_R = {
@@ -37,12 +37,10 @@ def random_batch(n, length, n_ids, device):
     return Batch(ids, None, positions, torch.randint(N_LABELS, positions.shape, device=device), [length - 2] * n)
 
 
-def trainers_and_steps(make_encoder, length, batch_size, device):
-    """{method: one step of it}, each on an encoder of its own. target_only does less than the others, and is left out."""
+def trainers_and_steps(make_encoder, length, batch_size, device, methods=cli.ESTIMATORS[:4]):
+    """{method: one step of it}, each on an encoder of its own."""
     result = {}
-    for method in METHODS:
-        if method == "target_only":
-            continue
+    for method in ("joint_training", *methods):
         args = parse_args(["--method", method, "--device", str(device)])
         seed_everything(1)
         encoder = make_encoder()
@@ -66,10 +64,10 @@ def xlm_r(size):
     return XLMRobertaModel(config, add_pooling_layer=False)
 
 
-def architecture_costs(size, length, batch_size):
+def architecture_costs(size, length, batch_size, methods=cli.ESTIMATORS[:4]):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
-        costs = compare(trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu")))
+        costs = compare(trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu"), methods))
     plain = costs["plain"]
     return {
         method: {
@@ -106,13 +104,13 @@ def main(argv=None):
             raise ValueError(f"--length {real_length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
 
     name = encoder_name(args.encoder)
-    costs = compare(trainers_and_steps(make_encoder, real_length, args.batch_size, args.device), args.repeats)
+    costs = compare(trainers_and_steps(make_encoder, real_length, args.batch_size, args.device, args.methods), args.repeats)
     measured = {"encoder": name, "length": real_length, "batch_size": args.batch_size}
     architectures = []
     for size in args.architectures:
         for length in args.length:
             config = {"encoder": f"xlm-roberta-{size}", "length": length, "batch_size": args.batch_size}
-            methods = architecture_costs(size, length, args.batch_size)
+            methods = architecture_costs(size, length, args.batch_size, args.methods)
             architectures.append({**config, "methods": methods})
             print(f"\nXLM-R {size}, {args.batch_size} + {args.batch_size} sentences of {length} sub-words, by architecture")
             print(f"{'':16}{'GFLOP':>10}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -21,39 +22,44 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from evograd import cli
+from evograd import cli, hypergradient
 from evograd.data import batches
 from evograd.measuring import flops, peak_bytes
+from evograd.quality import QualityLog, estimates
 from evograd.records import append_run, check_writable, seed_everything
 
 from .data import DATASETS, Batch, Examples, download_wikiann, load
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
 
-METHODS = ("joint_training", "target_only", "evograd", "evograd_guided", "mixed_mode", "second_order")
+METHODS = ("joint_training", "target_only", *cli.ESTIMATORS)
 # By data set: languages, encoder, epochs (of the source sentences), sentences, longest sentence, learning rates of θ and of λ.
 REAL = dict(source="en", encoder="xlm-roberta-base", epochs=20, source_size=5000, max_length=200, lr=3e-5, rtn_lr=1e-6)
 TOY = dict(source="north", encoder="tiny", epochs=5, source_size=1000, max_length=64, lr=1e-3, rtn_lr=1e-3)
 DEFAULTS = {"toy": TOY | {"target": "south"}, "ner": REAL | {"target": "qu"}, "sentiment": REAL | {"target": "fa"}}
 # Whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
-PERTURB = {"evograd": "head", "evograd_guided": "all", "mixed_mode": "all", "second_order": "all"}
+PERTURB = {method: "head" if method == "evograd" else "all" for method in cli.ESTIMATORS}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η. Where the lookahead is given it is only the scale of the hypergradient; second_order takes the model's learning rate.
-INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1}
+INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "finite_difference": 0.1}
 SIGMA = {"evograd": 1e-3}
 RADIUS = 0.2  # of guided candidates: σ√P, whatever P is
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
-RTN = ("perturb", "rtn_lr", "rtn_layers")
+RTN = ("perturb", "rtn_lr", "rtn_layers", "log_quality")
 READS = {
     "joint_training": (),
     "target_only": (),
     "evograd": CANDIDATES + RTN,
     "evograd_guided": CANDIDATES + RTN,
     "mixed_mode": ("inner_lr", *RTN),
-    "second_order": ("inner_lr", *RTN),
+    "second_order": ("inner_lr", "inner_steps", *RTN),
+    "finite_difference": ("inner_lr", *RTN),
+    "neumann": ("inner_lr", "inner_steps", *RTN),
+    "conjugate_gradient": ("inner_steps", *RTN),
 }
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
 # really made, which costs one copy of the perturbed parameters and no computation.
-LOOKAHEAD = ("evograd_guided", "mixed_mode")
+LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
+DOUBLE_BACKWARD = ("second_order", "neumann", "conjugate_gradient")
 
 
 def parse_args(argv=None):
@@ -98,7 +104,7 @@ def parse_args(argv=None):
         )
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.sigma = args.sigma or SIGMA.get(args.method)
-    args.inner_lr = args.inner_lr or (args.lr if args.method == "second_order" else INNER_LR.get(args.method))
+    args.inner_lr = args.inner_lr or (args.lr if args.method in ("second_order", "neumann") else INNER_LR.get(args.method))
     args.out = args.out or f"metaxl/results/{args.data}.jsonl"
     return args
 
@@ -126,6 +132,7 @@ class Trainer:
         # none for joint_training and target_only
         self.estimator = cli.estimators(argparse.Namespace(**{**vars(args), "sigma": self.sigma})).get(args.method)
         self.theta = theta
+        self.n_steps, self.quality = 0, QualityLog(args.seed)
         self.optimizer = torch.optim.Adam(theta, lr=args.lr)
         warm_up = max(1, n_steps // 10)
         decay = lambda step: min((step + 1) / warm_up, max(0.0, (n_steps - step) / max(1, n_steps - warm_up)))
@@ -140,7 +147,11 @@ class Trainer:
         batches = (
             [(step.target, False)] if self.args.method == "target_only" else [(step.source, transform), (step.target, False)]
         )
-        before = {name: p.detach().clone() for name, p in self._perturbed()} if self.args.method in LOOKAHEAD else None
+        before = (
+            {name: p.detach().clone() for name, p in self._named(self.perturbed)} if self.args.method in LOOKAHEAD else None
+        )
+        log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
+        everything = {name: p.detach().clone() for name, p in self._named("")} if log_quality else None
 
         loss = torch.zeros((), device=step.target.labels.device)
         for batch, transform in batches:
@@ -155,51 +166,89 @@ class Trainer:
         self.optimizer.zero_grad()
         self.schedule.step()
 
+        if log_quality:
+            self.log_quality(step, everything)
         if self.estimator is not None:
             for p, gradient in zip(self.hyperparameters, self.hypergradient(step, before).grads):
                 p.grad = gradient
             self.rtn_optimizer.step()
+        self.n_steps += 1
         return loss
 
     def hypergradient(self, step, before=None):
         """dℓ_V/dλ, in float32. before: the perturbed parameters before the model's update, for a lookahead by it."""
         around = {}
         if before is not None:
-            around = {"parameters": before, "lookahead": dict(self._perturbed())}
-        source, target, val = step.source, step.target, step.val
-
+            around = {"parameters": before, "lookahead": dict(self._named(self.perturbed))}
         if self.args.perturb == "head":
-            # The encoder is the same for all candidates: one pass for each batch. The RTN and what lies above it have a graph.
-            with torch.no_grad():
-                x_target, x_val = self.model.cached_features(target), self.model.cached_features(val)
-            x_source = self.model.cached_features(source, transform=True)
-
-            def train_loss(head):
-                return cross_entropy(head(x_source), source) + cross_entropy(head(x_target), target)
-
-            def val_loss(head):
-                return cross_entropy(head(x_val), val)
-
+            train_loss, val_loss = self.head_losses(step)
             if before is not None:
                 around = {key: {n.removeprefix("head."): p for n, p in tensors.items()} for key, tensors in around.items()}
             if self.args.method in ("evograd", "evograd_guided"):
                 around["strategy"] = "retain"  # the candidates share the graph of x_source: one backward pass for all of them
             return self.estimator(train_loss, val_loss, self.model.head, self.hyperparameters, **around)
 
-        def train_loss(model):
-            return cross_entropy(model(source, transform=True), source) + cross_entropy(model(target), target)
-
-        def val_loss(model):
-            return cross_entropy(model(val), val)
-
+        train_loss, val_loss = self.losses(step)
         # fused attention has neither a double backward nor formulas for forward mode
-        plain = self.args.method in ("second_order", "mixed_mode")
+        plain = self.args.method in ("mixed_mode", *DOUBLE_BACKWARD)
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             return self.estimator(train_loss, val_loss, self.model, self.hyperparameters, **around)
 
-    def _perturbed(self):
+    def losses(self, step):
+        """(ℓ_T, ℓ_V) as functions of the tagger."""
+
+        def train_loss(model):
+            on_source = cross_entropy(model(step.source, transform=True), step.source)
+            return on_source + cross_entropy(model(step.target), step.target)
+
+        def val_loss(model):
+            return cross_entropy(model(step.val), step.val)
+
+        return train_loss, val_loss
+
+    def head_losses(self, step):
+        """The same as functions of the classifier.
+
+        The encoder is the same for all candidates: one pass for each batch, of which only the RTN and what lies above it have
+        a graph.
+        """
+        with torch.no_grad():
+            x_target, x_val = self.model.cached_features(step.target), self.model.cached_features(step.val)
+        x_source = self.model.cached_features(step.source, transform=True)
+
+        def train_loss(head):
+            return cross_entropy(head(x_source), step.source) + cross_entropy(head(x_target), step.target)
+
+        def val_loss(head):
+            return cross_entropy(head(x_val), step.val)
+
+        return train_loss, val_loss
+
+    def log_quality(self, step, before):
+        """Every estimate at the parameters `before` the model's update, beside T1-T2 over all of them.
+
+        …_head: EvoGrad perturbs the classifier alone, on cached features.
+        """
+        common = dict(inner_lr=self.args.lr, generator=self.quality.generator)
+        made = dict(self._named(""))
+        sigma = RADIUS / sum(p.numel() for p in self.theta) ** 0.5
+        of = (self.model, self.hyperparameters)
+        chosen = estimates(*self.losses(step), *of, sigma=sigma, parameters=before, made=made, **common)
+
+        head = {name.removeprefix("head."): p for name, p in before.items() if name.startswith("head.")}
+
+        def on_head(n_candidates):
+            problem = (*self.head_losses(step), self.model.head, self.hyperparameters)
+            return hypergradient(*problem, n_candidates=n_candidates, strategy="retain", parameters=head, **common)
+
+        chosen |= {f"evograd_k{k}_head": partial(on_head, k) for k in (2, 10, 50)}
+        with sdpa_kernel(SDPBackend.MATH):
+            self.quality.add(self.n_steps, chosen, step.source.labels.device)
+
+    def _named(self, prefix):
+        """Parameters of θ whose names begin so."""
         hyper = {id(p) for p in self.hyperparameters}
-        return [(n, p) for n, p in self.model.named_parameters() if n.startswith(self.perturbed) and id(p) not in hyper]
+        return [(n, p) for n, p in self.model.named_parameters() if n.startswith(prefix) and id(p) not in hyper]
 
 
 def cross_entropy(scores, batch):
@@ -356,6 +405,9 @@ def main(argv=None):
             args.source: gates(model, examples["source"], args.device),
             args.target: gates(model, examples["dev"], args.device),
         }
+        if args.log_quality:
+            metrics |= trainer.quality.metrics()
+    args.log_quality = None  # what follows is the step's own cost
     step = lambda: trainer.step(next(data))  # after the training, whose result is taken
     cost = {
         "seconds": seconds,
@@ -363,7 +415,7 @@ def main(argv=None):
         "peak_bytes": peak_bytes(step),
         "flops": flops(step),
     }
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download")}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download", "log_quality")}
     config["encoder"] = encoder_name(args.encoder)
     append_run(args.out, "metaxl", config, metrics, cost, args.device)
     result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {best_epoch}), {seconds:.0f} s"

@@ -10,14 +10,16 @@ from evograd.measuring import compare
 from evograd.records import seed_everything
 
 from .data import load
-from .train import METHODS, Trainer, parse_args
+from .train import Trainer, parse_args
 
 
 def main(argv=None):
     args = cli.comparison_parser(__doc__).parse_args(argv)
     seed_everything(1)
     train, val, _ = load("digits", "", args.device)
-    trainers = {m: Trainer(parse_args(["--method", m, "--device", str(args.device)]), train, val) for m in METHODS}
+    trainers = {
+        m: Trainer(parse_args(["--method", m, "--device", str(args.device)]), train, val) for m in ("baseline", *args.methods)
+    }
     costs = compare({"plain" if m == "baseline" else m: t.step for m, t in trainers.items()}, args.repeats)
     cli.finish_comparison(args, "rotation", {"data": "digits", "batch_size": 128}, costs)
 

@@ -18,29 +18,33 @@ from tqdm import tqdm
 from evograd import cli
 from evograd.data import batches
 from evograd.measuring import measure
+from evograd.quality import QualityLog, estimates
 from evograd.records import append_run, check_writable, seed_everything
 
 from .data import DATASETS, TRUE_ANGLE, download_mnist, load, normalize, rotate
 from .model import lenet
 
-METHODS = ("baseline", "evograd", "evograd_guided", "mixed_mode", "second_order")
+METHODS = ("baseline", *cli.ESTIMATORS)
 EPOCHS = {"digits": 20, "mnist": 5}  # of 7 and 312 steps
 # τ. A guided perturbation is σ√P = 0.25 long, in the one direction that matters: with the paper's temperature the softmax is
 # nearly one-hot, and little is left of the difference of the candidates.
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η. With a given lookahead it is only the scale of the hypergradient, which Adam does not see; second_order takes the model's.
-INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "second_order": 1e-3}
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
+INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "finite_difference": 0.1, "second_order": 1e-3, "neumann": 1e-3}
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr", "log_quality")
 READS = {
     "baseline": (),
     "evograd": CANDIDATES,
     "evograd_guided": CANDIDATES,
-    "mixed_mode": ("inner_lr",),
-    "second_order": ("inner_lr",),
+    "mixed_mode": ("inner_lr", "log_quality"),
+    "second_order": ("inner_lr", "inner_steps", "log_quality"),
+    "finite_difference": ("inner_lr", "log_quality"),
+    "neumann": ("inner_lr", "inner_steps", "log_quality"),
+    "conjugate_gradient": ("inner_steps", "log_quality"),
 }
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
 # really made, which costs one copy of the parameters and no computation.
-LOOKAHEAD = ("evograd_guided", "mixed_mode")
+LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
 
 
 def parse_args(argv=None):
@@ -74,6 +78,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(args.seed)  # its own: every method sees the same batches
         self.train_batches = batches(len(train), args.batch_size, generator)
         self.val_batches = batches(len(val), args.batch_size, generator)
+        self.n_steps, self.quality = 0, QualityLog(args.seed)
 
     def step(self):
         """The model's update on rotated training images, then the angle's. Returns the training loss."""
@@ -86,19 +91,26 @@ class Trainer:
         def val_loss(model):
             return F.cross_entropy(model(self.x_val[val_index]), self.y_val[val_index])
 
-        around = {}
-        if self.args.method in LOOKAHEAD:
+        around, made = {}, dict(self.model.named_parameters())
+        log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
+        if self.args.method in LOOKAHEAD or log_quality:
             before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-            around = {"parameters": before, "lookahead": dict(self.model.named_parameters())}
+        if self.args.method in LOOKAHEAD:
+            around = {"parameters": before, "lookahead": made}
 
         self.optimizer.zero_grad()
         loss = train_loss(self.model)
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
+        if log_quality:
+            problem = (train_loss, val_loss, self.model, [self.angle])
+            settings = dict(inner_lr=INNER_LR["second_order"], generator=self.quality.generator, sigma=self.args.sigma)
+            self.quality.add(self.n_steps, estimates(*problem, parameters=before, made=made, **settings), self.args.device)
         if self.estimator is not None:
             result = self.estimator(train_loss, val_loss, self.model, [self.angle], **around)
             self.angle.grad = result.grads[0]
             self.angle_optimizer.step()
+        self.n_steps += 1
         return loss.detach()
 
 
@@ -149,6 +161,9 @@ def main(argv=None):
         metrics["angle_last_epoch"] = sum(angles[-steps_an_epoch:]) / steps_an_epoch
         metrics["angle_steps"] = list(range(0, n_steps, every))
         metrics["angles"] = [round(angle, 3) for angle in angles[::every]]
+        if args.log_quality:
+            metrics |= trainer.quality.metrics()
+    args.log_quality = None  # what follows is the step's own cost
     step_cost = measure(trainer.step, repeats=5, warmup=1)  # after the training, whose result is taken
     cost = {
         "seconds": seconds,
@@ -159,7 +174,7 @@ def main(argv=None):
     append_run(
         args.out,
         "rotation",
-        {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download")},
+        {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download", "log_quality")},
         metrics,
         cost,
         args.device,

@@ -225,7 +225,7 @@ def test_order_of_the_updates(monkeypatch):
         if method in train.LOOKAHEAD:
             assert all(torch.equal(call["parameters"][name], p) for name, p in start.items())
             assert all(call["lookahead"][name] is p for name, p in learner.model.named_parameters())
-        assert call["inner_lr"] == (None if method == "evograd" else 0.05)
+        assert call.get("inner_lr") == (None if method in ("evograd", "conjugate_gradient") else 0.05)
 
 
 def test_weight_input_of_the_model_is_the_same_for_all_candidates(monkeypatch):
@@ -265,8 +265,8 @@ def test_quality_of_estimates():
         torch.manual_seed(3)
         losses.append([learner.step().item() for _ in range(3)])
     assert losses[0] == losses[1]
-    assert [entry["step"] for entry in logged.quality] == [0, 2]
-    for entry in logged.quality:
+    assert [entry["step"] for entry in logged.quality.entries] == [0, 2]
+    for entry in logged.quality.entries:
         assert entry["mixed_sgd"]["cosine"] > 0.999
         assert entry["mixed_sgd"]["norm"] == pytest.approx(1, abs=0.01)
         assert entry["guided_sgd"]["cosine"] > 0.8

@@ -415,14 +415,20 @@ def test_sentiment(method, tmp_path, capsys):
     assert record["config"]["target"] == "fa"
 
 
+def test_quality_is_logged(tmp_path, capsys):
+    metrics = run(tmp_path, "evograd", "--log-quality", "30")["metrics"]
+    assert metrics["cosine"]["mixed_sgd"] > 0.999
+    assert {"evograd_k2_head", "guided_sgd", "neumann"} <= set(metrics["cosine"])
+    assert len(metrics["quality_steps"]) == len(metrics["quality_cosines"]["guided_made"])
+
+
 # --- cost --------------------------------------------------------------------------------------------------------------
 
 
 def test_evograd_costs_little_more_than_joint_training_of_xlm_r_base(monkeypatch):
     """With four of its twelve layers, which is less to wait for."""
-    monkeypatch.setattr(compare, "METHODS", ("joint_training", "evograd"))
     monkeypatch.setitem(compare.XLM_R, "base", {**compare.XLM_R["base"], "num_hidden_layers": 4})
-    costs = compare.architecture_costs("base", length=64, batch_size=12)
+    costs = compare.architecture_costs("base", length=64, batch_size=12, methods=("evograd",))
     assert costs["plain"]["peak_bytes"] > 4 * 4 * 220e6  # parameters, gradients and Adam's two averages
     assert costs["evograd"]["peak_over_plain"] <= 1.05
     assert costs["evograd"]["flops_over_plain"] <= 1.3

@@ -111,6 +111,14 @@ def test_guided_and_mixed_mode_look_ahead_by_the_step_that_was_made():
             assert not torch.equal(start[name], p)
 
 
+def test_quality_is_logged(tmp_path):
+    plain, logged = run(tmp_path, "evograd"), run(tmp_path, "evograd", "--log-quality", "4")
+    assert logged["metrics"]["angle"] == plain["metrics"]["angle"]  # it disturbs nothing
+    assert logged["config"] == plain["config"] and logged["cost"]["flops"] == plain["cost"]["flops"]
+    assert logged["metrics"]["cosine"]["mixed_sgd"] == pytest.approx(1)
+    assert logged["metrics"]["norm"]["mixed_sgd"] == pytest.approx(1, abs=0.01)
+
+
 def test_compare_prints_and_writes(tmp_path, capsys):
     compare.main(
         ["--device", "cpu", "--repeats", "1", "--json", str(tmp_path / "cost.json"), "--out", str(tmp_path / "runs.jsonl")]
