@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from numbers import Integral
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .noise import NOISES, GuidedNoise, NoiseFunction, SeededNoise
+from .distributed import Shares
+from .noise import NOISES, GuidedNoise, NoiseFunction, SeededNoise, draw_seeds
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
 
 STRATEGIES = ("stream", "retain")
@@ -34,6 +36,8 @@ def hypergradient(
     inner_lr: float | None = None,
     lookahead: Parameters | str = None,
     generator: torch.Generator | None = None,
+    group: dist.ProcessGroup | None = None,
+    share: str = "candidates",
 ) -> Hypergradient:
     """Estimate dℓ_V/dλ by EvoGrad.
 
@@ -73,37 +77,55 @@ def hypergradient(
         lookahead: where "guided" takes G: named parameters (those after the training step, say), or "sgd" for one SGD step of
             `inner_lr` on train_loss from θ. Default: at θ.
         generator: a CPU generator that the seeds of the noise are drawn from. Default: torch's global one.
+        group: a torch.distributed process group that shares out the work (`torch.distributed.group.WORLD` is that of all
+            processes). Each calls with the same θ, λ and settings, and each gets the same result. See `share`. Default: this
+            process does everything. K losses, K slopes and one gradient of λ's size cross the network, and nothing of θ's size.
+        share: what the processes of the group divide. "candidates": all have the same batches, and each evaluates its part of
+            the K ≥ n candidates. The result is that of one process, with the numbers that closures draw (dropout) seeded for
+            each candidate, alike in every process. "batch": each closure is a mean over the process's own part of the batch,
+            parts of equal size; all evaluate every candidate, and losses and gradients are averaged. Not for noise="guided",
+            whose G of the whole batch is of θ's size.
 
     Returns:
         Hypergradient: `grads` (aligned with `hyperparameters`), `val_loss` (), `candidate_losses` (K,), `weights` (K,).
 
     Raises:
         ValueError, TypeError: an argument out of its range, or a loss that is not a scalar.
-        RuntimeError: a hyperparameter on which no loss depends, or a loss that is NaN or infinite.
+        RuntimeError: a hyperparameter on which no loss depends, or a loss that is NaN or infinite. With `group` also, in every
+            process: a closure that raised in another one, or generators that disagree (the noise must be the same in all:
+            seed them alike; that is checked, nothing is sent for it). A process that dies is noticed by torch.distributed, at
+            the latest after the timeout of its init_process_group; torchrun ends the others at once.
 
     Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast.
     """
-    _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator)
+    _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator, group)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     theta, guided = problem.theta, noise == "guided"
 
-    with problem.undisturbed():
-        starts = {}  # states of torch's generators, by group of candidates that draw the same random numbers
+    with problem.undisturbed(), Shares(problem, group, share, n_candidates, guided) as shares:
+        # starts: states of torch's generators, by set of candidates that draw the same random numbers. One process fills
+        # them as it goes; those of a group agree on them before.
         if guided:
-            if lookahead == "sgd":
+            starts = shares.starts(lambda: draw_seeds((), generator))
+            start = starts.get(0)
+            if lookahead == "sgd" and start is None:
                 starts[0] = problem.random_state()
-            val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
+            with problem.replay(start):
+                ahead = problem.lookahead(lookahead, inner_lr)
+            with problem.replay(starts.get("validation")):
+                val, direct, gradient = problem.val_gradient(ahead)
             epsilon = GuidedNoise(gradient, n_candidates)
         else:
             epsilon = SeededNoise(NOISES[noise] if isinstance(noise, str) else noise, theta, n_candidates, generator)
+            starts = shares.starts(lambda: next(iter(epsilon.seeds[0].values())))
 
         # 1. perturb, 2. evaluate
         losses, partials = [], []
-        for k in range(n_candidates):
-            group = 0 if common_random_numbers else min(k // 2, n_candidates // 2 - 1) if guided else k
-            start = starts.get(group)
+        for k in shares.candidates:
+            alike = 0 if common_random_numbers else min(k // 2, n_candidates // 2 - 1) if guided else k
+            start = starts.get(alike)
             if start is None and (guided or common_random_numbers):
-                starts[group] = problem.random_state()
+                starts[alike] = problem.random_state()
             with problem.replay(start):
                 loss = problem.loss(
                     train_loss, {name: torch.add(p, epsilon(k, name), alpha=sigma) for name, p in theta.items()}
@@ -114,27 +136,29 @@ def hypergradient(
             losses.append(loss)
 
         # 3. softmax
-        candidate_losses = torch.stack([loss.detach() for loss in losses])
+        candidate_losses = shares.gather(torch.stack([loss.detach() for loss in losses]))
         weights = candidate_weights(candidate_losses, temperature)
 
         # 4. combine, and the slopes s_k = σ⟨∂ℓ_V/∂θ*, ε_k⟩
         if guided:
-            slopes = sigma * epsilon.slopes.to(weights)
+            slopes = sigma * epsilon.slopes.to(weights)[shares.own]
         else:
-            val, direct, slopes = _validate_merged(problem, epsilon, weights, sigma)
+            with problem.replay(starts.get("validation")):
+                val, direct, slopes = _validate_merged(problem, epsilon, weights, sigma, shares.candidates)
+        slopes = shares.gather(slopes)
 
         # the chain rule: ∂ℓ_V/∂λ + Σ_k c_k ∂ℓ_k/∂λ
         coefficients = loss_coefficients(weights, slopes, temperature)
         if inner_lr is not None:
             spread = epsilon.mean_square * epsilon.n_parameters if guided else 1 - 1 / n_candidates
             coefficients = coefficients * (inner_lr * temperature / (sigma**2 * spread))
+        own = coefficients[shares.own]
         if strategy == "stream":
-            weighted = [_weighted_sum(coefficients, gs) for gs in zip(*partials)]
+            weighted = [_weighted_sum(own, gs) for gs in zip(*partials)]
         else:
-            weighted = partial((coefficients * torch.stack(losses)).sum(), problem.hyperparameters)
-        grads = problem.assemble([direct, weighted])
-
-    check_finite(candidate_losses, val)
+            weighted = partial((own * torch.stack(losses)).sum(), problem.hyperparameters)
+        val, grads = shares.total(val, direct, weighted)
+        check_finite(candidate_losses, val)
     return Hypergradient(grads, val, candidate_losses, weights)
 
 
@@ -152,14 +176,14 @@ def loss_coefficients(weights: Tensor, slopes: Tensor, temperature: float) -> Te
 
 
 def _validate_merged(
-    problem: Problem, epsilon: SeededNoise, weights: Tensor, sigma: float
+    problem: Problem, epsilon: SeededNoise, weights: Tensor, sigma: float, candidates: Sequence[int]
 ) -> tuple[Tensor, list[Tensor | None], Tensor]:
-    """(ℓ_V, ∂ℓ_V/∂λ, s) at θ* = Σ_k w_k θ_k.
+    """(ℓ_V, ∂ℓ_V/∂λ, s_k of `candidates`) at θ* = Σ_k w_k θ_k, over all k.
 
     The gradient by θ* never exists whole: a hook on each merged tensor takes its part of every s_k as soon as the backward
     pass has that tensor's gradient, and hands on an empty view in its place.
     """
-    slopes = torch.zeros_like(weights)
+    slopes = weights.new_zeros(len(candidates))
 
     def combine(name: str) -> Tensor:
         merged = problem.theta[name].clone()
@@ -167,9 +191,9 @@ def _validate_merged(
             merged.addcmul_(epsilon(k, name), weight.to(merged), value=sigma)
 
         def take_slopes(gradient: Tensor) -> Tensor:
-            for k in range(len(weights)):
+            for slope, k in zip(slopes, candidates):
                 dot = torch.dot(gradient.reshape(-1), epsilon(k, name).reshape(-1))
-                slopes[k].add_(dot.to(slopes), alpha=sigma)
+                slope.add_(dot.to(slope), alpha=sigma)
             return gradient.new_zeros(()).expand_as(gradient)
 
         merged.requires_grad_().register_hook(take_slopes)
@@ -182,12 +206,19 @@ def _validate_merged(
 
 
 def _weighted_sum(coefficients: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
-    """Σ_k c_k ∂ℓ_k/∂λ for one hyperparameter; None where no candidate's loss depends on it."""
-    terms = [c.to(g) * g for c, g in zip(coefficients, grads) if g is not None]
-    return sum(terms[1:], terms[0]) if terms else None
+    """Σ_k c_k ∂ℓ_k/∂λ for one hyperparameter; None where no candidate's loss depends on it.
+
+    In float64, where the device has it: the c_k sum to zero, and what is left may be a thousandth of the terms.
+    """
+    total = None
+    for c, g in zip(coefficients, grads):
+        if g is not None:
+            term = c.to(g.device, g.dtype if g.is_mps else torch.float64).view([1] * g.ndim) * g
+            total = term if total is None else total.add_(term)
+    return total
 
 
-def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator) -> None:
+def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator, group) -> None:
     if not isinstance(n_candidates, Integral) or n_candidates < 2:
         raise ValueError(
             f"n_candidates={n_candidates!r} must be an integer of at least 2: with one candidate the softmax is constant"
@@ -211,5 +242,5 @@ def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahea
             raise ValueError(
                 f"generator is {given}; it must be a torch.Generator on the CPU, since seeds are drawn on the host"
             )
-        if noise == "guided":
+        if noise == "guided" and group is None:
             raise ValueError("generator is what random noise draws from; noise='guided' draws nothing")

@@ -35,6 +35,12 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
+def draw_seeds(shape: tuple[int, ...], generator: torch.Generator | None) -> list:
+    """Seeds from a generator on the host, torch's global one if None: real numbers under FakeTensorMode too."""
+    with _disable_current_modes():
+        return torch.randint(2**62, shape, generator=generator, device="cpu").tolist()
+
+
 NOISES: dict[str, NoiseFunction] = {"sign": sign, "normal": normal}
 
 
@@ -49,9 +55,7 @@ class SeededNoise:
         self, function: NoiseFunction, theta: Mapping[str, Tensor], n_candidates: int, generator: torch.Generator | None
     ):
         self.function, self.theta = function, theta
-        with _disable_current_modes():  # real numbers under FakeTensorMode too
-            seeds = torch.randint(2**62, (n_candidates, len(theta)), generator=generator, device="cpu").tolist()
-        self.seeds = [dict(zip(theta, row)) for row in seeds]
+        self.seeds = [dict(zip(theta, row)) for row in draw_seeds((n_candidates, len(theta)), generator)]
         self.generators = {device: torch.Generator(device) for device in {p.device for p in theta.values()}}
 
     def __call__(self, k: int, name: str) -> Tensor:

@@ -192,9 +192,11 @@ class Problem:
                 tensor.requires_grad_(requires_grad)
                 tensor.grad = grad
 
-    def random_state(self) -> list[Tensor]:
-        """The state of torch's generators, from which train_loss and val_loss draw (dropout)."""
+    def random_state(self, seed: int | None = None) -> list[Tensor]:
+        """The state of torch's generators, from which train_loss and val_loss draw (dropout); or what `seed` would make it."""
         with _disable_current_modes():
+            if seed is not None:
+                return [torch.Generator(d).manual_seed(seed).get_state() for d in ("cpu", *self.cuda_devices)]
             return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda_devices)]
 
     @contextmanager

@@ -1,0 +1,142 @@
+"""Several processes share out the work of one hypergradient: the candidates, or the batches. θ stays where it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .noise import draw_seeds
+from .problem import Problem
+
+SHARES = ("candidates", "batch")
+FAILED = -1.0
+
+
+class Shares:
+    """This process's share in a group's hypergradient; all of it where `group` is None.
+
+    Every process sends, and gets the sums of, K losses, K slopes and one gradient of λ's size: three all-reduces and nothing
+    else. They are in float64, so that it cannot be seen who summed what first. Nothing is read on the host.
+
+    A process that fails within the block still sends what the others wait for, with a mark. So all of them raise in the same
+    step, and a process that catches its error and calls again is in step with the others.
+    """
+
+    def __init__(self, problem: Problem, group: dist.ProcessGroup | None, share: str, n_candidates: int, guided: bool):
+        _check(group, share, n_candidates, guided)
+        self.problem, self.group, self.n_candidates = problem, group, n_candidates
+        self.by_batch = share == "batch"
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.parts = self.size if self.by_batch else 1
+        self.own = slice(None) if self.by_batch else slice(self.rank, None, self.size)
+        self.candidates = range(n_candidates)[self.own]
+        self.device = next(iter(problem.theta.values())).device
+        self.seed = 0
+        # What is still to be sent. The last message begins with one number from each process: its seed, or FAILED.
+        n_last = self.size + 1 + sum(h.numel() for h in problem.hyperparameters)
+        self.unsent = [] if group is None else [n_candidates, n_candidates, n_last]
+        self.seeds_seen: Tensor | None = None
+
+    def starts(self, seed: Callable[[], int]) -> dict[int | str, list[Tensor]]:
+        """States of torch's generators for each candidate's pass and for "validation", the same on every process.
+
+        None where every process evaluates every candidate, and draws as one process does. `seed` gives a number that all
+        processes must agree on; it is compared with theirs when the step ends.
+        """
+        if self.group is None:
+            return {}
+        self.seed = seed() % 2**52  # exact in float64
+        if self.by_batch:
+            return {}
+        seeds = draw_seeds((self.n_candidates + 1,), torch.Generator().manual_seed(self.seed))
+        return {key: self.problem.random_state(s) for key, s in zip([*range(self.n_candidates), "validation"], seeds)}
+
+    def gather(self, values: Tensor) -> Tensor:
+        """A number for each of this process's candidates -> (K,), everybody's; a mean over the parts of a batch."""
+        if self.group is None:
+            return values
+        message = self._buffer()
+        message[self.own] = values.to(message)
+        self._sum(message)
+        return (message / self.parts).to(values)
+
+    def total(
+        self, val: Tensor, direct: Sequence[Tensor | None], weighted: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(ℓ_V, ∂ℓ_V/∂λ + Σ_k c_k ∂ℓ_k/∂λ) of the whole group from this process's terms."""
+        if self.group is None:
+            grads = self.problem.assemble([direct, weighted])
+            return val, [g.to(h) for g, h in zip(grads, self.problem.hyperparameters)]
+        # Σ over the processes: ∂ℓ_V/∂λ is there in each of them, a candidate in one (or, by parts of the batch, in each).
+        scaled = [
+            [None if g is None else g.double() / n for g in gs] for gs, n in ((direct, self.size), (weighted, self.parts))
+        ]
+        grads = self.problem.assemble(scaled)
+        message = self._buffer()
+        head, body = message[: self.size], message[self.size :]
+        head[self.rank] = self.seed
+        torch.cat([(val.double() / self.size).reshape(1).to(body), *(g.reshape(-1).to(body) for g in grads)], out=body)
+        self._sum(message)
+        self.seeds_seen = head
+        total, *flat = body.split([1, *(g.numel() for g in grads)])
+        total = torch.where((head == head[0]).all(), total[0], torch.nan)  # check_finite then raises, on every process
+        return total.to(val), [f.view_as(h).to(h) for f, h in zip(flat, self.problem.hyperparameters)]
+
+    def _buffer(self) -> Tensor:
+        return torch.zeros(self.unsent[0], dtype=torch.float64, device=self.device)
+
+    def _sum(self, message: Tensor) -> None:
+        """The only way to the other processes."""
+        later, self.unsent = self.unsent[1:], []  # if this fails, nobody is left to send to
+        dist.all_reduce(message, group=self.group)
+        self.unsent = later
+
+    def __enter__(self) -> Shares:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not isinstance(error, Exception) or self.group is None:
+            return
+        with contextlib.suppress(RuntimeError):  # if the others are gone, this process's own error is what counts
+            while self.unsent:
+                message = self._buffer()
+                if len(self.unsent) == 1:
+                    message[self.rank] = FAILED
+                self._sum(message)
+        if self.seeds_seen is None:
+            return
+        seeds = self.seeds_seen.tolist()
+        failed = ", ".join(str(rank) for rank, seed in enumerate(seeds) if seed == FAILED)
+        if failed:
+            raise RuntimeError(f"process {failed} of the group failed in this step; its own message says why") from error
+        if len(set(seeds)) > 1:
+            raise RuntimeError(
+                "the processes of the group drew different noise; seed torch alike in all of them, or give each "
+                "generator=torch.Generator().manual_seed(…) with the same number"
+            ) from error
+
+
+def _check(group, share: str, n_candidates: int, guided: bool) -> None:
+    if share not in SHARES:
+        raise ValueError(f"share={share!r} is unknown; accepted are {', '.join(map(repr, SHARES))}")
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup that this process is in (torch.distributed.group.WORLD, once "
+            f"init_process_group was called) or None, not {type(group).__name__}"
+        )
+    if share == "batch" and guided:
+        raise ValueError(
+            "share='batch' with noise='guided' would send a gradient of the model's size; use share='candidates', "
+            "with the same batches in every process"
+        )
+    if share == "candidates" and n_candidates < dist.get_world_size(group):
+        raise ValueError(
+            f"n_candidates={n_candidates} cannot be shared out over {dist.get_world_size(group)} processes; "
+            "at least one for each is needed"
+        )
