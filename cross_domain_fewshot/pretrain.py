@@ -21,9 +21,7 @@ from evograd.records import seed_everything
 
 from .data import DATASETS, augmented, cache_if_small, centred, load_domain, stream
 from .models import BACKBONES, Encoder
-from .train import fill_defaults
-
-EPOCHS = {"glyphs": 3, "filelists": 400}
+from .train import by_data, fill_defaults
 
 
 class Batches(Dataset):
@@ -49,7 +47,7 @@ def parse_args(argv=None):
     parser.add_argument("--backbone", choices=BACKBONES, help="default: conv4 (glyphs), resnet10 (filelists)")
     parser.add_argument("--width", type=cli.at_least(1), help="channels of a Conv-4 or Conv-6; default: as in train.py")
     parser.add_argument("--image-size", type=cli.at_least(8), help="pixels; default: as in train.py")
-    parser.add_argument("--epochs", type=cli.at_least(1), help=f"default: {EPOCHS}")
+    parser.add_argument("--epochs", type=cli.at_least(1), help=f"default: {by_data('epochs')}")
     parser.add_argument("--batch-size", type=cli.at_least(2), default=16, help="images")
     parser.add_argument("--lr", type=cli.positive, default=1e-3, help="of Adam")
     parser.add_argument("--amp", action="store_true", help="bfloat16")
@@ -61,7 +59,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     fill_defaults(args)
     args.domain = args.domain or {"glyphs": "sans", "filelists": "miniImagenet"}[args.data]
-    args.epochs = args.epochs or EPOCHS[args.data]
     return args
 
 
