@@ -112,12 +112,12 @@ class Shares:
         seeds = self.seeds_seen.tolist()
         failed = ", ".join(str(rank) for rank, seed in enumerate(seeds) if seed == FAILED)
         if failed:
-            raise RuntimeError(f"process {failed} of the group failed in this step; its own message says why") from error
+            raise RuntimeError(f"process {failed} of the group failed in this step; its own message says why") from None
         if len(set(seeds)) > 1:
             raise RuntimeError(
                 "the processes of the group drew different noise; seed torch alike in all of them, or give each "
                 "generator=torch.Generator().manual_seed(…) with the same number"
-            ) from error
+            ) from None
 
 
 def _check(group, share: str, n_candidates: int, guided: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -306,3 +307,17 @@ def test_arguments(seen):
         assert "n_candidates=3 cannot be shared out over 4 processes" in seen[rank]["too_few",][0]
         assert "share='batch' with noise='guided'" in seen[rank]["guided_batch",][0]
         assert rank == 0 or "group must be" in seen[rank]["not_in_group",][0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"share": "batch"}, {"noise": "guided"}, {"strategy": "retain"}])
+def test_nothing_is_read_on_the_host(settings):
+    """Fake tensors have no values: a step that reads one, and so would make the host wait for the device, raises."""
+    fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=1, world_size=4)
+    try:
+        with FakeTensorMode():
+            args = label_noise(8)
+            result = evograd.hypergradient(*args, n_candidates=6, group=dist.group.WORLD, **settings)
+    finally:
+        dist.destroy_process_group()
+    assert [g.shape for g in result.grads] == [h.shape for h in args[3]]
