@@ -43,7 +43,8 @@ def load(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint, or not whole: {str(error).splitlines()[0]}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]  # EOFError has no words
+        raise ValueError(f"{path} is no checkpoint, or not whole: {why}") from error
     if not isinstance(content, dict) or "config" not in content:
         raise ValueError(f"{path} is no checkpoint of this project")
     return content
