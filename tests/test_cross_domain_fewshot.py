@@ -392,6 +392,28 @@ def test_file_lists(lists):
     assert in_memory["metrics"] == by_workers["metrics"] and in_memory["config"] == by_workers["config"]
 
 
+def test_images_and_augmentations_go_on_where_a_stopped_run_was(lists, monkeypatch):
+    """Glyphs are not augmented; of how runs are stopped and resumed, tests/test_checkpoints.py has the rest."""
+    settings = ["--method", "fixed", "--episodes", "5", "--cache-gb", "0", "--workers", "1"]
+    train_on_files(lists, *settings)
+    step, done = train.Trainer.step, []
+
+    def stop(trainer, *batch):
+        if len(done) == 3:
+            raise InterruptedError
+        done.append(step(trainer, *batch))
+        return done[-1]
+
+    resumable = [*settings, "--out", str(lists / "stopped.jsonl"), "--checkpoint-every", "2", "--resume"]
+    monkeypatch.setattr(train.Trainer, "step", stop)
+    with pytest.raises(InterruptedError):
+        train_on_files(lists, *resumable)
+    monkeypatch.undo()
+    train_on_files(lists, *resumable)
+    whole, stopped = (json.loads((lists / name).read_text())["metrics"] for name in ("runs.jsonl", "stopped.jsonl"))
+    assert whole == stopped
+
+
 def test_bad_file_lists(lists, refused):
     def message(*extra):
         return refused(lambda extra: train_on_files(lists, *extra), extra)
