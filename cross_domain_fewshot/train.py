@@ -7,11 +7,10 @@
 Each epoch draws two of the seen domains. A step is the model's update on an episode of the pseudo-seen one, with
 transformations, and then that of the transformations' γ and β, by the hypergradient of the loss on an episode of the
 pseudo-unseen one, without transformations. The record of the run (accuracy on episodes of the held-out domain's novel classes,
-γ and β over training) is appended to --out as one JSON line; the checkpoint lies beside that file.
+γ and β over training) is appended to --out as one JSON line. The checkpoint stays, for evaluate.py and quality.py.
 """
 
 import random
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from evograd import checkpoints, cli
 from evograd.quality import QualityLog, estimates
-from evograd.records import append_run, check_writable, seed_everything
+from evograd.records import check_writable, seed_everything
 
 from .data import DATASETS, GLYPH_FONTS, PAPER_DOMAINS, TrainingSteps, augmented, cache_if_small, centred, load_domain, stream
 from .evaluate import TEST_SEED, interval, score
@@ -88,10 +87,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--workers", type=cli.at_least(0), default=2, help="processes that decode images if memory does not hold them"
     )
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="where it is written; default: beside --out, named by the settings"
-    )
-    parser.add_argument("--checkpoint-every", type=cli.at_least(1), default=10, metavar="N", help="epochs")
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
     cli.refuse_unread(parser, args, READS)
@@ -106,7 +101,6 @@ def parse_args(argv=None):
             f"--seen {' '.join(args.seen)}: two or more different domains are needed, a pseudo-seen and a pseudo-unseen one"
         )
     args.out = args.out or f"cross_domain_fewshot/results/{args.data}.jsonl"
-    args.checkpoint = args.checkpoint or str(Path(args.out).parent / "checkpoints" / f"{run_name(args)}.pt")
     return args
 
 
@@ -224,6 +218,26 @@ class Trainer:
             made=self.episodic if theta else None,
         )
 
+    def state_dict(self):
+        learned = {} if self.estimator is None else {"transform_optimizer": self.transform_optimizer.state_dict()}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "draws": self.draws.getstate(),
+            "n_steps": self.n_steps,
+            "quality": self.quality.state_dict(),
+            **learned,
+        }
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.draws.setstate(state["draws"])
+        self.n_steps = state["n_steps"]
+        self.quality.load_state_dict(state["quality"])
+        if self.estimator is not None:
+            self.transform_optimizer.load_state_dict(state["transform_optimizer"])
+
 
 def auxiliary_weight(epoch, epochs):
     return 0.9 ** (20 * epoch // epochs)
@@ -262,25 +276,9 @@ def _without_transformations(encoder, state):
     return [name for name in state if not name.startswith(inside)] if inside else list(state)
 
 
-def checkpoint(trainer, n_classes, config, epoch, history):
-    """All that is needed to go on after `epoch` epochs: episodes and augmentations follow from the seed and the epoch."""
-    return {
-        "kind": "few-shot",
-        "config": config,
-        "n_classes": n_classes,
-        "epoch": epoch,
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "transform_optimizer": trainer.transform_optimizer.state_dict() if trainer.estimator else None,
-        "history": history,
-        "draws": trainer.draws.getstate(),
-    }
-
-
 def recorded(args):
     """The configuration that a record holds: what the result depends on, and no paths."""
-    left_out = ("out", "log_quality", "data_dir", "encoder", "checkpoint", "checkpoint_every", "cache_gb", "workers", "device")
-    return {**{k: v for k, v in vars(args).items() if k not in left_out}, "pretrained": args.encoder is not None}
+    return {**cli.config_of(args, ("encoder", "cache_gb", "workers", "device")), "pretrained": args.encoder is not None}
 
 
 def softplus_means(model):
@@ -296,9 +294,12 @@ def softplus_means(model):
 
 def main(argv=None):
     args = parse_args(argv)
+    keeper = checkpoints.Keeper(args, "cross_domain_fewshot", recorded(args), run_name(args), keep=True)
     with cli.exit_on_bad_input():
         check_writable(args.out)
-        checkpoints.check_writable(args.checkpoint)
+        if keeper.done():
+            return
+        found = keeper.resume()
         n_images = args.n_shot + args.n_query
         domains = [load_domain(args.data, args.data_dir, name, "base", args.image_size) for name in args.seen]
         test = load_domain(args.data, args.data_dir, args.held_out, "novel", args.image_size)
@@ -312,30 +313,46 @@ def main(argv=None):
     in_memory = cache_if_small([*domains, test], args.cache_gb)
     n_workers = 0 if in_memory else args.workers
 
-    config, n_steps = recorded(args), args.epochs * args.episodes
+    n_steps = args.epochs * args.episodes
     learns = trainer.estimator is not None
     steps = TrainingSteps(domains, args.seed, args.episodes, args.n_way, n_images, args.auxiliary_batch, learns)
-    batches = stream(steps, range(n_steps), n_workers, pin=args.device.type == "cuda")
-    losses, history = [], []  # history: γ and β by layer, after each epoch
-    start = perf_counter()
-    progress = tqdm(total=n_steps, desc=f"{run_name(args)}", unit="episode", mininterval=1)
-    for epoch in range(args.epochs):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)  # of the augmentations
-        for _ in range(args.episodes):
+    losses, history = [], []  # of this epoch; γ and β by layer, after each epoch
+    generator = torch.Generator()  # of the augmentations
+    if found:
+        trainer.load_state_dict(found)
+        losses, history = [loss.to(args.device) for loss in found["losses"]], found["history"]
+        generator.set_state(found["augmentations"])
+    start = perf_counter() - found.get("seconds", 0)
+    state = lambda: {  # episodes follow from the seed and the step
+        "kind": "few-shot",
+        "n_classes": n_classes,
+        **trainer.state_dict(),
+        "losses": losses,
+        "history": history,
+        "augmentations": generator.get_state(),
+        "seconds": perf_counter() - start,
+    }
+    progress = tqdm(total=n_steps, initial=keeper.step, desc=f"{run_name(args)}", unit="episode", mininterval=1)
+    with keeper:
+        batches = stream(steps, range(keeper.step, n_steps), n_workers, pin=args.device.type == "cuda")
+        for step in keeper.steps(n_steps, state):
+            epoch = step // args.episodes
+            if step % args.episodes == 0:
+                losses = []
+                generator.manual_seed(args.seed * 1_000_003 + epoch)
             batch = prepare(args, next(batches), generator)
             losses.append(trainer.step(*batch, auxiliary_weight(epoch, args.epochs)))
             progress.update()
-        if learns:
-            history.append([values.tolist() for values in softplus_means(trainer.model)])
-        progress.set_postfix(loss=f"{torch.stack(losses[-args.episodes :]).mean().item():.3f}")
-        if (epoch + 1) % args.checkpoint_every == 0 or epoch + 1 == args.epochs:
-            checkpoints.save(args.checkpoint, checkpoint(trainer, n_classes, config, epoch + 1, history))
+            if (step + 1) % args.episodes == 0:
+                if learns:
+                    history.append([values.tolist() for values in softplus_means(trainer.model)])
+                progress.set_postfix(loss=f"{keeper.mean(losses):.3f}")
     progress.close()
     seconds = perf_counter() - start
 
     accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers)
     mean, half_width = interval(accuracies)
-    metrics = {"accuracy": mean, "interval": half_width, "train_loss": torch.stack(losses[-args.episodes :]).mean()}
+    metrics = {"accuracy": mean, "interval": half_width, "train_loss": torch.stack(losses).mean()}
     if learns:
         every = max(1, args.epochs // 100)
         metrics |= {
@@ -346,14 +363,7 @@ def main(argv=None):
         }
         if args.log_quality:
             metrics |= trainer.quality.metrics()
-    append_run(
-        args.out,
-        "cross_domain_fewshot",
-        config,
-        metrics,
-        {"seconds": seconds, "seconds_per_step": seconds / n_steps},
-        args.device,
-    )
+    keeper.record(metrics, {"seconds": seconds, "seconds_per_step": seconds / n_steps})
     print(f"{run_name(args)}: {mean:.2f} ± {half_width:.2f} % of {args.test_episodes} episodes, {seconds:.0f} s")
 
 

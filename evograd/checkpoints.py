@@ -1,21 +1,39 @@
-"""Checkpoints: written whole or not at all, loaded without running code."""
+"""Checkpoints: written whole or not at all, loaded without running code; when a run writes one and how it goes on from it."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
+import math
 import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 
-from .records import replacing
+from .problem import NotFinite
+from .records import append_run, find_run, plain, replacing
 
 
 def save(path: str | Path, content: dict) -> None:
-    """Write a dict of tensors, numbers, strings, lists and dicts. If that fails, an earlier checkpoint stays as it was."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a dict of tensors, numbers, strings, lists and dicts. OSError if that fails; an earlier file stays as it was."""
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a file that cannot be written to the end
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).splitlines()[0]
+        raise OSError(f"checkpoint {path} could not be written: {reason}") from error
 
 
 def load(path: str | Path) -> dict:
@@ -25,7 +43,8 @@ def load(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no checkpoint, or not whole: {str(error).splitlines()[0]}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]  # EOFError has no words
+        raise ValueError(f"{path} is no checkpoint, or not whole: {why}") from error
     if not isinstance(content, dict) or "config" not in content:
         raise ValueError(f"{path} is no checkpoint of this project")
     return content
@@ -40,3 +59,201 @@ def check_writable(path: str | Path) -> None:
     probe = path.with_name(f"{path.name}.tmp{os.getpid()}")
     probe.touch()
     probe.unlink()
+
+
+def random_states() -> dict:
+    """The states of Python's, NumPy's and torch's generators, the CPU's and those of all CUDA devices."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_random_states(states: dict) -> None:
+    """Draw on from `random_states()`."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
+        torch.cuda.set_rng_state(state, device)
+
+
+class Keeper:
+    """The checkpoint of one training run, and what is said where the run ends before its time.
+
+        keeper = Keeper(args, "rotation", config)
+        if keeper.done():  # says so
+            return
+        found = keeper.resume()  # what `state` had returned, or {}: the run is at its beginning
+        with keeper:
+            for step in keeper.steps(n_steps, state):
+                …
+        keeper.record(metrics, cost)
+
+    A checkpoint is written after every args.checkpoint_every steps, on SIGTERM and Ctrl-C after the step that they meet, and
+    after the last step, unless the run is too short for the first kind. It is removed when the result line is there, unless
+    `keep` or --checkpoint asks for it. Losses and parameters are looked at before each, so it never holds a NaN.
+
+    args: out, checkpoint, checkpoint_every, resume, skip_done and device of `cli.experiment_parser`.
+    config: what the result line holds. A checkpoint of another one is refused.
+    name: of the default file, to which a digest of the configuration is added.
+    """
+
+    def __init__(self, args: argparse.Namespace, experiment: str, config: dict, name: str | None = None, keep: bool = False):
+        self.args, self.experiment, self.config = args, experiment, config
+        self.keep = keep or args.checkpoint is not None
+        # What no record holds but a run cannot change on its way.
+        self.settings = plain({**config, "log_quality": getattr(args, "log_quality", None)})
+        name = name or f"{config['data']}-{config['method']}-seed{config['seed']}"
+        digest = hashlib.sha256(json.dumps([experiment, self.settings], sort_keys=True).encode()).hexdigest()[:8]
+        self.path = Path(args.checkpoint or Path(args.out).parent / "checkpoints" / f"{name}-{digest}.pt")
+        self.step = 0  # steps done
+        self.saved = None  # the step of the checkpoint that is there
+        self.signal = None  # that asked the run to end
+
+    def done(self) -> bool:
+        """Whether --skip-done or --resume finds the run's result line in --out; says so."""
+        if not (self.args.skip_done or self.args.resume):
+            return False
+        run = find_run(self.args.out, self.experiment, self.config)
+        if run is not None:
+            print(f"{self.args.out} has the result of this run, of {run['environment'].get('time')}: nothing to do")
+        return run is not None
+
+    def resume(self) -> dict:
+        """The checkpoint that --resume goes on from, or {}. ValueError or OSError if there is one that does not fit.
+
+        It is emptied when the first step starts, so that no second copy of the model stays in memory.
+        """
+        check_writable(self.path)
+        self.found = {}
+        there = self.path.is_file()
+        if self.args.resume and there:
+            try:
+                self.found = load(self.path)
+                self._check(self.found)
+            except ValueError as error:
+                raise ValueError(
+                    f"--resume: {error}. Without --resume the run starts from the beginning and writes over it"
+                ) from error
+            self.step = self.saved = self.found["step"]
+            for leftover in self.path.parent.glob(f"{self.path.name}.tmp*"):  # of a process that was killed while writing
+                leftover.unlink(missing_ok=True)
+            print(f"going on after step {self.step}, from {self.path}")
+        elif self.args.resume:
+            print(f"no checkpoint {self.path}: starting from the beginning")
+        elif there:
+            print(f"starting from the beginning; --resume would go on from {self.path}")
+        return self.found
+
+    def _check(self, found: dict) -> None:
+        if found.get("experiment") != self.experiment or "step" not in found:
+            what = found.get("experiment") or found.get("kind") or "something else"
+            raise ValueError(f"{self.path} is of {what}, not of a run of {self.experiment}")
+        missing = object()
+        before = found["settings"]
+        differ = [
+            f"{name} {self.settings.get(name)!r} given, {before.get(name)!r} in the checkpoint"
+            for name in sorted({*self.settings, *before})
+            if self.settings.get(name, missing) != before.get(name, missing)
+        ]
+        if differ:
+            raise ValueError(f"{self.path} is of another configuration: {'; '.join(differ)}")
+
+    def __enter__(self) -> Keeper:
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            self.handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, NotFinite):
+            self._not_finite(self.step + 1, str(error))
+        if self.signal and not isinstance(error, SystemExit):  # in the middle of a step, which is lost
+            self._end(128 + self.signal, f"stopped by {self._name()} in step {self.step + 1}. {self._where('last')}")
+
+    def _ask(self, number: int, frame) -> None:
+        """The handler of signals: the run ends after this step, a consistent state. The second Ctrl-C does not wait."""
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, f"\n{self._name()}: the run ends after this step; Ctrl-C ends it at once\n".encode())
+
+    def steps(self, n_steps: int, state: Callable[[], dict]) -> Iterator[int]:
+        """Step numbers up to n_steps, from where the run stands. state(): what the run needs to go on after a whole step."""
+        if self.found:
+            restore_random_states(self.found["random"])
+            self.found.clear()
+        every = self.args.checkpoint_every
+        for step in range(self.step, n_steps):
+            yield step
+            self.step = step + 1
+            if self.step % every == 0 or (self.step == n_steps and (self.keep or n_steps > every)):
+                self._save(state())
+            if self.signal:
+                if self.saved != self.step:
+                    self._save(state())
+                stopped = f"stopped by {self._name()} after step {self.step} of {n_steps}"
+                self._end(128 + self.signal, f"{stopped}. {self._where('last')}")
+        self._look_for_nan(state())
+
+    def mean(self, losses: list[Tensor]) -> float:
+        """The mean of the training losses of the last steps, this one's last, read from the device. A NaN ends the run."""
+        stacked = torch.stack(losses)
+        mean = stacked.mean().item()
+        if not math.isfinite(mean):
+            wrong = [(i, value) for i, value in enumerate(stacked.tolist()) if not math.isfinite(value)]
+            i, value = wrong[0] if wrong else (len(losses) - 1, mean)
+            self._not_finite(self.step + 2 + i - len(losses), f"the training loss is {value}")
+        return mean
+
+    def record(self, metrics: dict, cost: dict) -> None:
+        """Append the result line to --out. The checkpoint has done its work."""
+        try:
+            append_run(self.args.out, self.experiment, self.config, metrics, cost, self.args.device)
+        except OSError as error:
+            self._end(
+                1, f"the result could not be appended to {self.args.out}: {error.strerror or error}. {self._where('last')}"
+            )
+        if not self.keep:
+            self.path.unlink(missing_ok=True)
+
+    def _save(self, state: dict) -> None:
+        self._look_for_nan(state)
+        head = {"experiment": self.experiment, "config": plain(self.config), "settings": self.settings, "step": self.step}
+        try:
+            save(self.path, {**head, "random": random_states(), **state})
+        except OSError as error:
+            self._end(1, f"after step {self.step}: {error}. {self._where('last')}")
+        self.saved = self.step
+
+    def _look_for_nan(self, state: dict) -> None:
+        tensors = [(path, t) for path, t in tree_flatten_with_path(state)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        for path, tensor in tensors:
+            if not tensor.isfinite().all():
+                name = ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)
+                self._not_finite(self.step, f"{name} holds numbers that are not finite")
+
+    def _not_finite(self, step: int, what: str) -> None:
+        rates = {name: value for name, value in vars(self.args).items() if name == "lr" or name.endswith("_lr")}
+        lower = [f"--{name.replace('_', '-')} ({value})" for name, value in rates.items() if value is not None]
+        amp = ", or leave out --amp" if getattr(self.args, "amp", False) else ""
+        self._end(1, f"step {step}: {what}. {self._where('last good')} Try a lower {' or '.join(lower)}{amp}.")
+
+    def _name(self) -> str:
+        return signal.Signals(self.signal).name
+
+    def _where(self, which: str) -> str:
+        if self.saved is None:
+            return f"There is no checkpoint yet (--checkpoint-every {self.args.checkpoint_every})."
+        hint = "; the same command with --resume goes on from there" if which == "last" else ""
+        return f"The {which} checkpoint is {self.path}, of step {self.saved}{hint}."
+
+    def _end(self, code: int, message: str) -> None:
+        print(f"\nerror: {message}", file=sys.stderr)  # on a line of its own, after that of a progress bar
+        raise SystemExit(code)

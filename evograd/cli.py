@@ -59,7 +59,25 @@ def experiment_parser(
         metavar="FILE",
         help="JSON-lines file that the run's record is appended to; default: <experiment>/results/<data>.jsonl",
     )
+    group = parser.add_argument_group("long runs")
+    group.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="where it is written; given, the file stays when the run has ended. Default: beside --out, in checkpoints/",
+    )
+    group.add_argument("--checkpoint-every", type=at_least(1), default=1000, metavar="N", help="steps")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint, if the run has one and has not ended")
+    group.add_argument("--skip-done", action="store_true", help="do nothing if --out has the result of this configuration")
     return parser
+
+
+# Where and how a run is done, not what: no record holds it. What --log-quality measures, the record's metrics say.
+NOT_RECORDED = ("out", "data_dir", "download", "checkpoint", "checkpoint_every", "resume", "skip_done", "log_quality")
+
+
+def config_of(args: argparse.Namespace, left_out: Sequence[str] = ()) -> dict:
+    """The configuration that a run's record holds: what the result depends on, and no paths."""
+    return {name: value for name, value in vars(args).items() if name not in (*NOT_RECORDED, *left_out)}
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

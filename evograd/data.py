@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 
-def batches(n: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of random batches of n samples, epoch after epoch without end; every batch is full."""
-    while True:
-        yield from torch.randperm(n, generator=generator, device=generator.device).split(batch_size)[: max(1, n // batch_size)]
+class batches:
+    """An iterator over indices of random batches of n samples, epoch after epoch without end; every batch is full.
+
+    The generator may be shared; its state is its owner's to save.
+    """
+
+    def __init__(self, n: int, batch_size: int, generator: torch.Generator):
+        self.n, self.batch_size, self.generator = n, batch_size, generator
+        self.per_epoch = max(1, n // batch_size)
+        self.order, self.done = None, self.per_epoch  # the permutation of this epoch, and how many of its batches are done
+
+    def __iter__(self) -> batches:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self.done == self.per_epoch:
+            self.order, self.done = torch.randperm(self.n, generator=self.generator, device=self.generator.device), 0
+        start = self.done * self.batch_size
+        self.done += 1
+        return self.order[start : start + self.batch_size]
+
+    def state_dict(self) -> dict:
+        return {"order": self.order, "done": self.done}
+
+    def load_state_dict(self, state: dict) -> None:
+        order = state["order"]
+        self.order, self.done = None if order is None else order.to(self.generator.device), state["done"]

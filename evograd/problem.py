@@ -18,6 +18,10 @@ Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[str] | None
 
 
+class NotFinite(RuntimeError):
+    """A loss is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Hypergradient:
     """What every estimator returns.
@@ -243,14 +247,14 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_finite(train_losses: Tensor, val_loss: Tensor) -> None:
-    """RuntimeError if a loss is NaN or infinite. The one host synchronisation of a step, at its end."""
+    """NotFinite, a RuntimeError, if a loss is NaN or infinite. The one host synchronisation of a step, at its end."""
     if isinstance(val_loss, FakeTensor) or (val_loss.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     losses = torch.cat([train_losses, val_loss.reshape(1).to(train_losses)]).tolist()
     for k, value in enumerate(losses):
         if not math.isfinite(value):
             which = "val_loss" if k == len(losses) - 1 else f"train_loss of candidate {k}"
-            raise RuntimeError(
+            raise NotFinite(
                 f"{which} is {value}; a finite loss is needed (candidates: {losses[:-1]}, validation: {losses[-1]})"
             )
 

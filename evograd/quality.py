@@ -116,3 +116,11 @@ class QualityLog:
         result["quality_flops"] = self.flops
         result["quality_seconds"] = {name: statistics.median(values) for name, values in self.seconds.items()}
         return result
+
+    def state_dict(self) -> dict:
+        logged = {"entries": list(self.entries), "flops": self.flops, "seconds": self.seconds}
+        return {"generator": self.generator.get_state(), **logged}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
+        self.entries, self.flops, self.seconds = state["entries"], state["flops"], state["seconds"]

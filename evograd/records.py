@@ -51,7 +51,7 @@ def environment(device: torch.device | str) -> dict:
 def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:
     """Append the record of one run to the JSON-lines file at `path`, and return it. Numbers that are not finite become null."""
     values = (experiment, config, metrics, cost, environment(device))
-    record = _plain(dict(zip(FIELDS, values)))
+    record = plain(dict(zip(FIELDS, values)))
     append_line(path, json.dumps(record, allow_nan=False))
     return record
 
@@ -138,8 +138,19 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[dict], list[BrokenLine]
             except ValueError as error:
                 broken.append(BrokenLine(str(path), number, f"not a result line: {error}"))
                 continue
-            runs[json.dumps([record["experiment"], record["config"]], sort_keys=True)] = record
+            runs[_identity(record["experiment"], record["config"])] = record
     return list(runs.values()), broken
+
+
+def find_run(path: str | Path, experiment: str, config: dict) -> dict | None:
+    """The record of that configuration in the JSON-lines file at `path`, if it is there."""
+    runs = read_runs([path])[0] if Path(path).is_file() else []
+    identity = _identity(experiment, plain(config))
+    return next((run for run in runs if _identity(run["experiment"], run["config"]) == identity), None)
+
+
+def _identity(experiment: str, config: dict) -> str:
+    return json.dumps([experiment, config], sort_keys=True)
 
 
 def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
@@ -150,14 +161,14 @@ def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
-def _plain(value):
+def plain(value):
     """Tensors, arrays and paths -> what JSON has; NaN and infinity -> None."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):

@@ -22,11 +22,11 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 from tqdm import tqdm
 
-from evograd import cli
+from evograd import checkpoints, cli
 from evograd.data import batches
 from evograd.measuring import measure
 from evograd.quality import QualityLog, estimates
-from evograd.records import append_run, check_writable, seed_everything
+from evograd.records import check_writable, seed_everything
 
 from .data import DATASETS, NOISES, load, make_task
 from .models import MODELS, weight_net
@@ -221,6 +221,20 @@ class Trainer:
         chosen["guided_made_candidate"] = own["guided_made"]
         self.quality.add(self.n_steps, chosen, self.args.device)
 
+    PARTS = ("model", "weight_net", "optimizer", "meta_optimizer", "train_batches", "meta_batches", "quality")
+
+    def state_dict(self):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        random = {"random": self.random.get_state(), "meta_random": self.meta_random.get_state()}
+        return {**parts, **random, "n_steps": self.n_steps}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.random.set_state(state["random"])
+        self.meta_random.set_state(state["meta_random"])
+        self.n_steps = state["n_steps"]
+
 
 @torch.no_grad()
 def losses_and_accuracy(model, task, split):
@@ -254,8 +268,12 @@ def describe_weights(net, losses, noisy):
 
 def main(argv=None):
     args = parse_args(argv)
+    keeper = checkpoints.Keeper(args, "label_noise_mwn", {**cli.config_of(args), "data": data_name(args)})
     with cli.exit_on_bad_input():
         check_writable(args.out)
+        if keeper.done():
+            return
+        found = keeper.resume()
         source = load(args.data, args.data_dir, args.download)
         task = make_task(
             source, args.noise, args.noise_level, args.meta_images, args.val_images, args.train_images, args.seed, args.device
@@ -269,20 +287,40 @@ def main(argv=None):
     curves = {"train_loss": [], "val_accuracy": [], "test_accuracy": []}
     weight_curves = {0: learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))}
     kept_epochs = {round(args.epochs * part) for part in (0.1, 0.25, 0.5, 1)}
-    start = perf_counter()
-    progress = tqdm(total=args.epochs * steps_an_epoch, desc=label, unit="step", mininterval=1)
-    for epoch in range(1, args.epochs + 1):
-        losses = []  # tensors on the device, read when the epoch is done
-        for _ in range(steps_an_epoch):
+    losses = []  # of this epoch: tensors on the device, read when it is done
+    if found:
+        trainer.load_state_dict(found["trainer"])
+        scheduler.load_state_dict(found["scheduler"])
+        curves, weight_curves, losses = (
+            found["curves"],
+            found["weight_curves"],
+            [loss.to(args.device) for loss in found["losses"]],
+        )
+    start = perf_counter() - found.get("seconds", 0)
+    state = lambda: {
+        "trainer": trainer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "curves": curves,
+        "weight_curves": weight_curves,
+        "losses": losses,
+        "seconds": perf_counter() - start,
+    }
+    progress = tqdm(total=args.epochs * steps_an_epoch, initial=keeper.step, desc=label, unit="step", mininterval=1)
+    with keeper:
+        for step in keeper.steps(args.epochs * steps_an_epoch, state):
             losses.append(trainer.step())
             progress.update()
-        scheduler.step()
-        curves["train_loss"].append(torch.stack(losses).mean().item())
-        for part in ("val", "test"):
-            curves[f"{part}_accuracy"].append(losses_and_accuracy(trainer.model, task, getattr(task, part))[1])
-        progress.set_postfix({name: f"{values[-1]:.2f}" for name, values in curves.items()})
-        if epoch in kept_epochs:
-            weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
+            if (step + 1) % steps_an_epoch:
+                continue
+            epoch = (step + 1) // steps_an_epoch
+            scheduler.step()
+            curves["train_loss"].append(keeper.mean(losses))
+            losses = []
+            for part in ("val", "test"):
+                curves[f"{part}_accuracy"].append(losses_and_accuracy(trainer.model, task, getattr(task, part))[1])
+            progress.set_postfix({name: f"{values[-1]:.2f}" for name, values in curves.items()})
+            if epoch in kept_epochs:
+                weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
     progress.close()
     seconds = perf_counter() - start
 
@@ -309,8 +347,7 @@ def main(argv=None):
     step_cost = measure(trainer.step, repeats=5, warmup=1)  # after the training, whose result is taken
     cost = {"seconds": seconds, "seconds_per_step": step_cost.seconds}
     cost |= {"peak_bytes": step_cost.peak_bytes, "flops": step_cost.flops}
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download", "log_quality")}
-    append_run(args.out, "label_noise_mwn", {**config, "data": data_name(args)}, metrics, cost, args.device)
+    keeper.record(metrics, cost)
     auc = metrics.get("weight_auc")
     result = (
         f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {metrics['test_accuracy_best']:.2f} % at the best"

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from evograd import cli, hypergradient
+from evograd import checkpoints, cli, hypergradient
 from evograd.data import batches
 from evograd.measuring import flops, peak_bytes
 from evograd.quality import QualityLog, estimates
-from evograd.records import append_run, check_writable, seed_everything
+from evograd.records import check_writable, seed_everything
 
 from .data import DATASETS, Batch, Examples, download_wikiann, load
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
@@ -245,6 +245,17 @@ class Trainer:
         with sdpa_kernel(SDPBackend.MATH):
             self.quality.add(self.n_steps, chosen, step.source.labels.device)
 
+    def state_dict(self):
+        learned = {} if self.estimator is None else {"rtn_optimizer": self.rtn_optimizer.state_dict()}
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
+        return {**parts, **learned, "quality": self.quality.state_dict(), "n_steps": self.n_steps}
+
+    def load_state_dict(self, state):
+        state = dict(state)
+        self.n_steps = state.pop("n_steps")
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
     def _named(self, prefix):
         """Parameters of θ whose names begin so."""
         hyper = {id(p) for p in self.hyperparameters}
@@ -256,20 +267,37 @@ def cross_entropy(scores, batch):
     return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.labels)
 
 
-def steps(args, source, target):
+class Steps:
     """Steps without end. The order is that of the seed alone: every method sees the same sentences."""
-    generator = torch.Generator().manual_seed(args.seed)
-    validates = bool(READS[args.method])
-    for source_index, target_index in zip(
-        batches(len(source), args.batch_size, generator), batches(len(target), args.batch_size, generator)
-    ):
-        source_index, target_index = source_index.tolist(), target_index.tolist()
-        half = len(target_index) // 2 if validates else len(target_index)  # the first half trains, the second validates
-        yield Step(
-            source.batch(source_index, args.device),
-            target.batch(target_index[:half], args.device),
-            target.batch(target_index[half:], args.device) if validates else None,
+
+    def __init__(self, args, source, target):
+        self.args, self.source, self.target = args, source, target
+        self.random = torch.Generator().manual_seed(args.seed)
+        self.source_batches = batches(len(source), args.batch_size, self.random)
+        self.target_batches = batches(len(target), args.batch_size, self.random)
+        self.validates = bool(READS[args.method])
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        source_index, target_index = next(self.source_batches).tolist(), next(self.target_batches).tolist()
+        # of the target sentences the first half trains, the second validates
+        half = len(target_index) // 2 if self.validates else len(target_index)
+        return Step(
+            self.source.batch(source_index, self.args.device),
+            self.target.batch(target_index[:half], self.args.device),
+            self.target.batch(target_index[half:], self.args.device) if self.validates else None,
         )
+
+    def state_dict(self):
+        order = {name: getattr(self, name).state_dict() for name in ("source_batches", "target_batches")}
+        return {**order, "random": self.random.get_state()}
+
+    def load_state_dict(self, state):
+        for name in ("source_batches", "target_batches"):
+            getattr(self, name).load_state_dict(state[name])
+        self.random.set_state(state["random"])
 
 
 @torch.no_grad()
@@ -356,8 +384,12 @@ def prepare(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    keeper = checkpoints.Keeper(args, "metaxl", {**cli.config_of(args), "encoder": encoder_name(args.encoder)})
     with cli.exit_on_bad_input():
         check_writable(args.out)
+        if keeper.done():
+            return
+        found = keeper.resume()
         model, examples, labels = prepare(args)
     what = f"metaxl {args.data} {args.source}-{args.target} {args.method} seed {args.seed}"
     cut = {name: e.n_cut for name, e in examples.items() if e.n_cut}
@@ -367,24 +399,46 @@ def main(argv=None):
     trainer = Trainer(args, model, args.epochs * steps_an_epoch)
     model.train()
     start_of_lambda = [p.detach().clone() for p in trainer.hyperparameters]
-    data = steps(args, examples["source"], examples["train"])
+    data = Steps(args, examples["source"], examples["train"])
     gold = {split: [s.labels for s in examples[split].sentences] for split in ("dev", "test")}
     score = lambda split: f1(args.data, gold[split], predict(model, examples[split], args.device, labels))
 
-    dev_f1, losses, best, seconds = [], [], None, 0.0
-    progress = tqdm(total=args.epochs * steps_an_epoch, desc=what, unit="step", mininterval=1)
-    for epoch in range(args.epochs):
-        epoch_losses = []  # tensors on the device, read at the end of the epoch
-        start = perf_counter()
-        for _ in range(steps_an_epoch):
+    dev_f1, losses, best, best_epoch, seconds = [], [], None, None, 0.0
+    epoch_losses = []  # tensors on the device, read at the end of the epoch
+    if found:
+        trainer.load_state_dict(found["trainer"])
+        data.load_state_dict(found["data"])
+        dev_f1, losses, best, best_epoch, seconds = (
+            found[name] for name in ("dev_f1", "losses", "best", "best_epoch", "seconds")
+        )
+        epoch_losses = [loss.to(args.device) for loss in found["epoch_losses"]]
+    state = lambda: {
+        "trainer": trainer.state_dict(),
+        "data": data.state_dict(),
+        "dev_f1": dev_f1,
+        "losses": losses,
+        "best": best,
+        "best_epoch": best_epoch,
+        "seconds": seconds + perf_counter() - start,
+        "epoch_losses": epoch_losses,
+    }
+    progress = tqdm(total=args.epochs * steps_an_epoch, initial=keeper.step, desc=what, unit="step", mininterval=1)
+    start = perf_counter()
+    with keeper:
+        for step in keeper.steps(args.epochs * steps_an_epoch, state):
             epoch_losses.append(trainer.step(next(data)))
             progress.update()
-        losses.append(torch.stack(epoch_losses).mean().item())
-        seconds += perf_counter() - start
-        dev_f1.append(score("dev"))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", dev_f1=f"{dev_f1[-1]:.1f}")
-        if dev_f1[-1] == max(dev_f1):  # of equal ones the last
-            best, best_epoch = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}, epoch + 1
+            if (step + 1) % steps_an_epoch:
+                continue
+            losses.append(keeper.mean(epoch_losses))
+            epoch_losses = []
+            seconds += perf_counter() - start
+            dev_f1.append(score("dev"))
+            progress.set_postfix(loss=f"{losses[-1]:.3f}", dev_f1=f"{dev_f1[-1]:.1f}")
+            if dev_f1[-1] == max(dev_f1):  # of equal ones the last
+                best = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+                best_epoch = (step + 1) // steps_an_epoch
+            start = perf_counter()
     progress.close()
 
     last = [p.detach().clone() for p in trainer.hyperparameters]
@@ -415,9 +469,7 @@ def main(argv=None):
         "peak_bytes": peak_bytes(step),
         "flops": flops(step),
     }
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download", "log_quality")}
-    config["encoder"] = encoder_name(args.encoder)
-    append_run(args.out, "metaxl", config, metrics, cost, args.device)
+    keeper.record(metrics, cost)
     result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {best_epoch}), {seconds:.0f} s"
     print(f"{what}: {result}")
 

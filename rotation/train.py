@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evograd import cli
+from evograd import checkpoints, cli
 from evograd.data import batches
 from evograd.measuring import measure
 from evograd.quality import QualityLog, estimates
-from evograd.records import append_run, check_writable, seed_everything
+from evograd.records import check_writable, seed_everything
 
 from .data import DATASETS, TRUE_ANGLE, download_mnist, load, normalize, rotate
 from .model import lenet
@@ -75,9 +75,9 @@ class Trainer:
         self.angle = torch.zeros((), device=args.device, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
         self.angle_optimizer = torch.optim.Adam([self.angle], lr=args.angle_lr)
-        generator = torch.Generator().manual_seed(args.seed)  # its own: every method sees the same batches
-        self.train_batches = batches(len(train), args.batch_size, generator)
-        self.val_batches = batches(len(val), args.batch_size, generator)
+        self.random = torch.Generator().manual_seed(args.seed)  # its own: every method sees the same batches
+        self.train_batches = batches(len(train), args.batch_size, self.random)
+        self.val_batches = batches(len(val), args.batch_size, self.random)
         self.n_steps, self.quality = 0, QualityLog(args.seed)
 
     def step(self):
@@ -113,6 +113,19 @@ class Trainer:
         self.n_steps += 1
         return loss.detach()
 
+    PARTS = ("model", "optimizer", "angle_optimizer", "train_batches", "val_batches", "quality")
+
+    def state_dict(self):
+        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        return {**parts, "angle": self.angle.detach(), "random": self.random.get_state(), "n_steps": self.n_steps}
+
+    def load_state_dict(self, state):
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.angle.data.copy_(state["angle"])
+        self.random.set_state(state["random"])
+        self.n_steps = state["n_steps"]
+
 
 def rotated(split, angle):
     """(normalised images turned by `angle` radians, labels) of a whole split."""
@@ -129,8 +142,12 @@ def accuracy(model, images, labels):
 
 def main(argv=None):
     args = parse_args(argv)
+    keeper = checkpoints.Keeper(args, "rotation", cli.config_of(args))
     with cli.exit_on_bad_input():
         check_writable(args.out)
+        if keeper.done():
+            return
+        found = keeper.resume()
         if args.download:
             download_mnist(args.data_dir)
         train, val, test = load(args.data, args.data_dir, args.device)
@@ -140,13 +157,27 @@ def main(argv=None):
     steps_an_epoch = max(1, len(train) // args.batch_size)
     n_steps = args.epochs * steps_an_epoch
     angles, losses = [], []  # tensors on the device, read when all is done
-    start = perf_counter()
-    progress = tqdm(range(n_steps), desc=f"rotation {args.data} {args.method} seed {args.seed}", unit="step", mininterval=1)
-    for step in progress:
-        losses.append(trainer.step())
-        angles.append(trainer.angle.detach().clone())
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{losses[-1].item():.3f}", angle=f"{math.degrees(angles[-1].item()):.1f} deg")
+    if found:
+        trainer.load_state_dict(found["trainer"])
+        angles, losses = (list(found[name].to(args.device)) for name in ("angles", "losses"))
+    start = perf_counter() - found.get("seconds", 0)
+    state = lambda: {
+        "trainer": trainer.state_dict(),
+        "angles": torch.stack(angles),
+        "losses": torch.stack(losses[-max(50, steps_an_epoch) :]),
+        "seconds": perf_counter() - start,
+    }
+    label = f"rotation {args.data} {args.method} seed {args.seed}"
+    progress = tqdm(total=n_steps, initial=keeper.step, desc=label, unit="step", mininterval=1)
+    with keeper:
+        for step in keeper.steps(n_steps, state):
+            losses.append(trainer.step())
+            angles.append(trainer.angle.detach().clone())
+            progress.update()
+            if step % 50 == 0 or step + 1 == n_steps:
+                loss, angle = keeper.mean(losses[-50:]), math.degrees(angles[-1].item())
+                progress.set_postfix(loss=f"{loss:.3f}", angle=f"{angle:.1f} deg")
+    progress.close()
     angles = torch.rad2deg(torch.stack(angles)).tolist()
     seconds = perf_counter() - start
 
@@ -171,17 +202,10 @@ def main(argv=None):
         "peak_bytes": step_cost.peak_bytes,
         "flops": step_cost.flops,
     }
-    append_run(
-        args.out,
-        "rotation",
-        {k: v for k, v in vars(args).items() if k not in ("out", "data_dir", "download", "log_quality")},
-        metrics,
-        cost,
-        args.device,
-    )
+    keeper.record(metrics, cost)
     result = f"{metrics['accuracy_rotated']:.2f} % rotated, {metrics['accuracy_upright']:.2f} % upright"
     result += f", angle {metrics['angle']:.1f} degrees" if "angle" in metrics else ""
-    print(f"rotation {args.data} {args.method} seed {args.seed}: {result}, {seconds:.0f} s")
+    print(f"{label}: {result}, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

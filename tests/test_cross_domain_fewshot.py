@@ -225,7 +225,8 @@ def trained(tmp_path_factory):
 
 
 def file_of(folder, method):
-    return str(folder / "checkpoints" / f"glyphs-serif-conv4-relationnet-1shot-{method}-seed1.pt")
+    (file,) = (folder / "checkpoints").glob(f"glyphs-serif-conv4-relationnet-1shot-{method}-seed1-*.pt")
+    return str(file)
 
 
 def test_every_method_runs_and_leaves_a_record(trained):
@@ -245,7 +246,8 @@ def test_checkpoints_hold_what_is_needed_to_go_on(trained):
     folder, _ = trained
     for method in train.METHODS:
         state = checkpoints.load(file_of(folder, method))
-        assert {"config", "epoch", "model", "optimizer", "transform_optimizer", "history", "draws"} <= set(state)
+        assert {"config", "step", "model", "optimizer", "history", "draws", "random"} <= set(state)
+        assert ("transform_optimizer" in state) == (method not in ("none", "fixed"))
         gammas = [p for name, p in state["model"].items() if name.endswith(".gamma")]
         moved = any((p - 0.3).abs().max() > 1e-4 for p in gammas)
         assert (len(gammas), moved) == (0 if method == "none" else 4, method not in ("none", "fixed"))
@@ -395,6 +397,28 @@ def test_file_lists(lists):
     train_on_files(lists, "--method", "evograd", "--cache-gb", "0", "--workers", "1")
     by_workers = json.loads((lists / "runs.jsonl").read_text().splitlines()[-1])
     assert in_memory["metrics"] == by_workers["metrics"] and in_memory["config"] == by_workers["config"]
+
+
+def test_images_and_augmentations_go_on_where_a_stopped_run_was(lists, monkeypatch):
+    """Glyphs are not augmented; of how runs are stopped and resumed, tests/test_checkpoints.py has the rest."""
+    settings = ["--method", "fixed", "--episodes", "5", "--cache-gb", "0", "--workers", "1"]
+    train_on_files(lists, *settings)
+    step, done = train.Trainer.step, []
+
+    def stop(trainer, *batch):
+        if len(done) == 3:
+            raise InterruptedError
+        done.append(step(trainer, *batch))
+        return done[-1]
+
+    resumable = [*settings, "--out", str(lists / "stopped.jsonl"), "--checkpoint-every", "2", "--resume"]
+    monkeypatch.setattr(train.Trainer, "step", stop)
+    with pytest.raises(InterruptedError):
+        train_on_files(lists, *resumable)
+    monkeypatch.undo()
+    train_on_files(lists, *resumable)
+    whole, stopped = (json.loads((lists / name).read_text())["metrics"] for name in ("runs.jsonl", "stopped.jsonl"))
+    assert whole == stopped
 
 
 def test_bad_file_lists(lists, refused):

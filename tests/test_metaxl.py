@@ -260,7 +260,7 @@ def test_every_method_sees_the_same_sentences():
             def batch(self, indices, device):
                 return list(indices)
 
-        some = train.steps(args, Spy(range(30)), Spy(range(9)))
+        some = train.Steps(args, Spy(range(30)), Spy(range(9)))
         seen[method] = [(s.source, s.target + (s.val or [])) for s, _ in zip(some, range(20))]
         halves = [len(s.target) for s, _ in zip(some, range(3))]
         assert halves == ([2, 2, 2] if train.READS[method] else [4, 4, 4])

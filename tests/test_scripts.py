@@ -17,11 +17,11 @@ def shell(*command, **environment):
 
 
 def test_print_gives_one_command_a_line():
-    done = shell("rotation/run.sh", "--print", "--data", "mnist", "--data-dir", "a folder")
+    done = shell("rotation/run.sh", "--print", "--data", "mnist", "--data-dir", "a folder", "--skip-done")
     lines = done.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 5 * 5
     assert all(line.startswith(f"{sys.executable} -m rotation.train --method ") for line in lines)
-    assert all("--data mnist --data-dir a\\ folder" in line for line in lines)
+    assert all("--data mnist --data-dir a\\ folder --skip-done" in line for line in lines)
     assert shell("illustration_1d/run.sh", "--print").stdout == f"{sys.executable} -m illustration_1d.train\n"
 
 
