@@ -7,8 +7,11 @@
 A step is the model's update and that of γ and β: RelationNet, 5-way 5-shot, 16 queries, auxiliary batch 16, random pixels.
 "plain" is the model's update alone, with fixed transformations. On a CUDA device the peak is the allocator's; elsewhere
 peak and FLOPs are counted on tensors that have shapes and no values (FakeTensorMode): the same numbers as of real ones.
-Also printed: the peak of larger backbones in GB, counted that way, beside the 12 GB of the paper's cards.
+Also printed: the peak of larger backbones in GB, counted that way, beside the 12 GB of the paper's cards. Deeper ones, more
+candidates and what fits into which card: scale.py.
 """
+
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,24 +25,26 @@ from .train import METHODS, Trainer, parse_args
 
 N_CLASSES = 64  # miniImagenet's base classes
 PLAIN = "fixed"
+PRINTED = ("resnet10", "resnet18", "resnet34", "resnet50")  # of the table of peaks
 
 
-def make_step(method, backbone, image_size, device):
-    """One step of a method on a batch of random pixels, as a function without arguments."""
+def make_step(method, backbone, image_size, device, **evograd):
+    """One step of a method on a batch of random pixels, as a function without arguments. evograd: settings of the estimator."""
     arguments = ["--method", method, "--data", "filelists", "--held-out", "cub", "--n-shot", "5"]
     arguments += ["--backbone", backbone, "--image-size", str(image_size), "--device", str(device)]
     args = parse_args(arguments)
     trainer = Trainer(args, N_CLASSES)
+    trainer.estimator = partial(trainer.estimator, **evograd) if evograd else trainer.estimator
     seen, unseen = torch.randn(2, args.n_way, args.n_shot + args.n_query, 3, image_size, image_size, device=device)
     images = torch.randn(args.auxiliary_batch, 3, image_size, image_size, device=device)
     classes = torch.arange(args.auxiliary_batch, device=device) % N_CLASSES
     return lambda: trainer.step(seen, unseen, images, classes, 1.0)
 
 
-def counted(method, backbone, image_size):
+def counted(method, backbone, image_size, **evograd):
     """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step = make_step(method, backbone, image_size, torch.device("cpu"))
+        step = make_step(method, backbone, image_size, torch.device("cpu"), **evograd)
         return Cost(None, peak_bytes(step), flops(step))
 
 
@@ -66,7 +71,7 @@ def main(argv=None):
     costs = {"plain" if method == PLAIN else method: cost for method, cost in costs.items()}
 
     gigabytes = {}
-    for backbone in RESNETS:
+    for backbone in PRINTED:
         of_methods = {"plain": PLAIN, "evograd": "evograd", "second_order": "second_order"}
         peaks = {name: counted(m, backbone, args.image_size).peak_bytes / 1e9 for name, m in of_methods.items()}
         gigabytes[backbone] = peaks

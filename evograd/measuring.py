@@ -116,6 +116,20 @@ def compare(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> di
     return {name: Cost(times[name], *exact[name]) for name in steps}
 
 
+def by_architecture(costs: Mapping[str, Cost]) -> dict[str, dict]:
+    """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}}: what of the costs does not depend on the machine."""
+    plain = costs["plain"]
+    return {
+        method: {
+            "peak_bytes": cost.peak_bytes,
+            "flops": cost.flops,
+            "peak_over_plain": cost.peak_bytes / plain.peak_bytes,
+            "flops_over_plain": cost.flops / plain.flops,
+        }
+        for method, cost in costs.items()
+    }
+
+
 def _timed(step: Step) -> float:
     if _on_cuda():
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
