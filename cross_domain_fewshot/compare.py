@@ -28,23 +28,28 @@ PLAIN = "fixed"
 PRINTED = ("resnet10", "resnet18", "resnet34", "resnet50")  # of the table of peaks
 
 
-def make_step(method, backbone, image_size, device, **evograd):
-    """One step of a method on a batch of random pixels, as a function without arguments. evograd: settings of the estimator."""
+def make_step(method, backbone, image_size, device):
+    """One step of a method on a batch of random pixels, a function of further settings of the estimator, if any."""
     arguments = ["--method", method, "--data", "filelists", "--held-out", "cub", "--n-shot", "5"]
     arguments += ["--backbone", backbone, "--image-size", str(image_size), "--device", str(device)]
     args = parse_args(arguments)
     trainer = Trainer(args, N_CLASSES)
-    trainer.estimator = partial(trainer.estimator, **evograd) if evograd else trainer.estimator
     seen, unseen = torch.randn(2, args.n_way, args.n_shot + args.n_query, 3, image_size, image_size, device=device)
     images = torch.randn(args.auxiliary_batch, 3, image_size, image_size, device=device)
     classes = torch.arange(args.auxiliary_batch, device=device) % N_CLASSES
-    return lambda: trainer.step(seen, unseen, images, classes, 1.0)
+    estimator = trainer.estimator
+
+    def step(**settings):
+        trainer.estimator = partial(estimator, **settings) if settings else estimator
+        return trainer.step(seen, unseen, images, classes, 1.0)
+
+    return step
 
 
-def counted(method, backbone, image_size, **evograd):
+def counted(method, backbone, image_size):
     """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step = make_step(method, backbone, image_size, torch.device("cpu"), **evograd)
+        step = make_step(method, backbone, image_size, torch.device("cpu"))
         return Cost(None, peak_bytes(step), flops(step))
 
 

@@ -9,8 +9,10 @@ same steps for real, on --device, and compares the peaks. One record is appended
 """
 
 import argparse
+from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from evograd import cli
@@ -31,21 +33,22 @@ def over_backbones(backbones, image_size):
     result = {}
     for backbone in (progress := tqdm(backbones, unit="backbone")):
         progress.set_description(backbone)
-        result[backbone] = {name: figures(counted(m, backbone, image_size)) for name, m in METHODS.items()}
+        result[backbone] = {}
+        for name, method in METHODS.items():
+            cost = counted(method, backbone, image_size)
+            result[backbone][name] = {"peak_bytes": cost.peak_bytes, "flops": cost.flops}
     return result
 
 
 def over_candidates(numbers, image_size):
-    """{strategy: {K: {peak_bytes, flops}}}"""
+    """{strategy: {K: peak bytes}}"""
     result = {strategy: {} for strategy in STRATEGIES}
     for strategy, k in (progress := tqdm([(s, k) for s in STRATEGIES for k in numbers], unit="setting")):
         progress.set_description(f"{BACKBONE}, {strategy}, K = {k}")
-        result[strategy][k] = figures(counted("evograd", BACKBONE, image_size, n_candidates=k, strategy=strategy))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step = make_step("evograd", BACKBONE, image_size, torch.device("cpu"))
+            result[strategy][k] = peak_bytes(partial(step, n_candidates=k, strategy=strategy), first=step)
     return result
-
-
-def figures(cost):
-    return {"peak_bytes": cost.peak_bytes, "flops": cost.flops}
 
 
 def deepest(costs):
@@ -112,7 +115,7 @@ def main(argv=None):
         print(f"{f'fits into {card}':16}" + "".join(f"{metrics['deepest'][name][card]:>16}" for name in METHODS))
     print(f"\n{f'{BACKBONE} (GB)':16}" + "".join(f"{strategy:>16}" for strategy in STRATEGIES))
     for k in args.n_candidates:
-        print(f"{f'K = {k}':16}" + "".join(f"{candidates[s][k]['peak_bytes'] / 1e9:16.2f}" for s in STRATEGIES))
+        print(f"{f'K = {k}':16}" + "".join(f"{candidates[s][k] / 1e9:16.2f}" for s in STRATEGIES))
 
 
 if __name__ == "__main__":

@@ -175,11 +175,11 @@ def test_published_numbers_name_their_source():
 # --- summary, costs over T1-T2, the page ---------------------------------------------------------------------------------
 
 
-def cost_line(time, peak, second_time, second_peak):
+def cost_line(time, peak, second_time, second_peak, **config):
     cost = {"seconds": time, "peak_bytes": peak, "flops": 1}
     second = {"seconds": second_time, "peak_bytes": second_peak, "flops": 1}
     metrics = {"plain": {**cost, "seconds": 1.0}, "evograd": cost, "second_order": second}
-    return json.dumps({**json.loads(line("x", 1, 0)), "experiment": "toy_cost", "config": {}, "metrics": metrics})
+    return json.dumps({**json.loads(line("x", 1, 0)), "experiment": "toy_cost", "config": config, "metrics": metrics})
 
 
 def with_summary():
@@ -230,7 +230,7 @@ def built(path):
 
 def test_summary_is_of_the_first_measure_that_was_run(results):
     """Known by hand: 91 ± 1 and 80 from `results`; a step that takes 3 s and 2 bytes where T1-T2's takes 4 s and 8 bytes."""
-    append_line(results, cost_line(9.0, 9, 9.0, 9))
+    append_line(results, cost_line(9.0, 9, 9.0, 9, batch_size=8))
     append_line(results, cost_line(3.0, 2, 4.0, 8))
     summary = built(results)["summary"]
     costs = ["EvoGrad's cost: time / T1–T2", "EvoGrad's cost: peak / T1–T2"]
