@@ -7,8 +7,11 @@
 A step is the model's update and that of γ and β: RelationNet, 5-way 5-shot, 16 queries, auxiliary batch 16, random pixels.
 "plain" is the model's update alone, with fixed transformations. On a CUDA device the peak is the allocator's; elsewhere
 peak and FLOPs are counted on tensors that have shapes and no values (FakeTensorMode): the same numbers as of real ones.
-Also printed: the peak of larger backbones in GB, counted that way, beside the 12 GB of the paper's cards.
+Also printed: the peak of larger backbones in GB, counted that way, beside the 12 GB of the paper's cards. Deeper ones, more
+candidates and what fits into which card: scale.py.
 """
+
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,10 +25,11 @@ from .train import Trainer, parse_args
 
 N_CLASSES = 64  # miniImagenet's base classes
 PLAIN = "fixed"
+PRINTED = ("resnet10", "resnet18", "resnet34", "resnet50")  # of the table of peaks
 
 
 def make_step(method, backbone, image_size, device):
-    """One step of a method on a batch of random pixels, as a function without arguments."""
+    """One step of a method on a batch of random pixels, a function of further settings of the estimator, if any."""
     arguments = ["--method", method, "--data", "filelists", "--held-out", "cub", "--n-shot", "5"]
     arguments += ["--backbone", backbone, "--image-size", str(image_size), "--device", str(device)]
     args = parse_args(arguments)
@@ -33,7 +37,13 @@ def make_step(method, backbone, image_size, device):
     seen, unseen = torch.randn(2, args.n_way, args.n_shot + args.n_query, 3, image_size, image_size, device=device)
     images = torch.randn(args.auxiliary_batch, 3, image_size, image_size, device=device)
     classes = torch.arange(args.auxiliary_batch, device=device) % N_CLASSES
-    return lambda: trainer.step(seen, unseen, images, classes, 1.0)
+    estimator = trainer.estimator
+
+    def step(**settings):
+        trainer.estimator = partial(estimator, **settings) if settings else estimator
+        return trainer.step(seen, unseen, images, classes, 1.0)
+
+    return step
 
 
 def counted(method, backbone, image_size):
@@ -66,7 +76,7 @@ def main(argv=None):
     costs = {"plain" if method == PLAIN else method: cost for method, cost in costs.items()}
 
     gigabytes = {}
-    for backbone in RESNETS:
+    for backbone in PRINTED:
         of_methods = {"plain": PLAIN, "evograd": "evograd", "second_order": "second_order"}
         peaks = {name: counted(m, backbone, args.image_size).peak_bytes / 1e9 for name, m in of_methods.items()}
         gigabytes[backbone] = peaks

@@ -89,7 +89,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-10, 18, 34 (and 50, with bottlenecks): maps of 1/32 of the image's size."""
+    """ResNet-10, 18, 34 (and 50, 101, 152, with bottlenecks): maps of 1/32 of the image's size."""
 
     def __init__(self, n_blocks: tuple[int, int, int, int], bottleneck: bool, transform: bool):
         super().__init__()
@@ -106,7 +106,15 @@ class ResNet(nn.Module):
         return self.layers(x)
 
 
-RESNETS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+RESNETS = {  # blocks of each stage
+    "resnet10": (1, 1, 1, 1),
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}
+BOTTLENECKS = ("resnet50", "resnet101", "resnet152")
 CONVNETS = {"conv4": 4, "conv6": 6}
 BACKBONES = (*CONVNETS, *RESNETS)
 
@@ -127,7 +135,7 @@ class Encoder(nn.Module):
             self.backbone = ConvNet(CONVNETS[backbone], n_pools, width, transform)
             channels, size = width, image_size // 2**n_pools
         elif backbone in RESNETS:
-            bottleneck = backbone == "resnet50"
+            bottleneck = backbone in BOTTLENECKS
             self.backbone = ResNet(RESNETS[backbone], bottleneck, transform)
             channels = 2048 if bottleneck else 512
             for _ in range(5):

@@ -1,8 +1,12 @@
-"""Accuracy by held-out domain, and γ and β over training: python -m cross_domain_fewshot.plot [FILE.jsonl …] [--out-dir DIR]"""
+"""Accuracy by held-out domain, γ and β over training; memory over depth and over K, from the record of scale.py.
+
+python -m cross_domain_fewshot.plot [FILE.jsonl …] [--out-dir DIR]
+"""
 
 import json
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from evograd import figures
 from evograd.figures import COLOURS
@@ -77,8 +81,63 @@ def plot_transformations(runs, path, remark):
     figures.save(figure, path, remark)
 
 
+SCALE = {"plain": "plain step", **figures.TITLES}
+MARKERS = dict(zip(SCALE, "s^oDv"))  # lines of methods that need the same lie on each other
+
+
+def plot_depth(metrics, config, path):
+    """Peak of one step over the layers of the backbone, one line for each method; dashed, what cards hold."""
+    backbones = metrics["backbones"]
+    depths = [int(name.removeprefix("resnet")) for name in backbones]
+    figure, axis = plt.subplots(figsize=(6.6, 4.4), layout="constrained")
+    for size, method in zip((10, 7, 4, 6, 6), SCALE):
+        peaks = [costs[method]["peak_bytes"] / 1e9 for costs in backbones.values()]
+        colour = COLOURS["baseline" if method == "plain" else method]
+        axis.plot(depths, peaks, MARKERS[method] + "-", ms=size, lw=1.5, color=colour, label=SCALE[method])
+    axis.set_xscale("log")
+    axis.set_xticks(depths, depths)
+    axis.set_xlabel(f"layers of the ResNet (images of {config['image_size']} px)")
+    finish_memory(figure, axis, metrics)
+    figures.save(figure, path)
+
+
+def plot_candidates(metrics, config, path):
+    """Peak of one EvoGrad step over K: one candidate at a time, and all graphs kept."""
+    figure, axis = plt.subplots(figsize=(6.6, 4.4), layout="constrained")
+    names = {"stream": "one candidate at a time (stream)", "retain": "all graphs kept (retain)"}
+    for (strategy, name), colour in zip(names.items(), (COLOURS["evograd"], COLOURS["theory"])):
+        peaks = metrics["candidates"][strategy]
+        numbers = [int(k) for k in peaks]
+        axis.plot(numbers, [peak / 1e9 for peak in peaks.values()], "o-", ms=5, lw=1.5, color=colour, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(numbers, numbers)
+    axis.set_xlabel(f"candidates K (ResNet-{config['backbone_of_candidates'].removeprefix('resnet')})")
+    finish_memory(figure, axis, metrics)
+    figures.save(figure, path)
+
+
+def finish_memory(figure, axis, metrics):
+    for card in metrics["deepest"]["plain"]:  # what cards hold
+        axis.axhline(float(card), color="black", ls="--", lw=0.8)
+        axis.text(0.01, float(card) * 1.03, f"{card} GB", transform=axis.get_yaxis_transform(), fontsize=8, va="bottom")
+    axis.minorticks_off()
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("peak of live tensors (GB)")
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+
+
 def main(argv=None):
-    runs, folder = figures.runs_to_plot(__doc__, "cross_domain_fewshot", argv)
+    kinds = ("cross_domain_fewshot_scale",)
+    runs, folder = figures.runs_to_plot(__doc__, "cross_domain_fewshot", argv, kinds)
+    scale = [run for run in runs if run["experiment"] in kinds]
+    runs = [run for run in runs if run["experiment"] not in kinds]
+    for run in scale[-1:]:
+        plot_depth(run["metrics"], run["config"], folder / "cross_domain_fewshot_scale_depth.png")
+        plot_candidates(run["metrics"], run["config"], folder / "cross_domain_fewshot_scale_candidates.png")
     for (data, backbone, head), group in series(runs).items():
         plot_accuracy(group, folder / f"cross_domain_fewshot_accuracy_{data}_{backbone}_{head}.png")
         learned = [run for run in group if "gamma" in run["metrics"]]

@@ -14,7 +14,7 @@ import torch
 
 from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .hypergradient import hypergradient
-from .measuring import Cost
+from .measuring import Cost, by_architecture
 from .mixed_mode import mixed_mode
 from .records import append_run, check_writable, environment, write_text
 
@@ -151,7 +151,8 @@ def finish_comparison(
 ) -> None:
     """Print the costs as a table, over those of the plain step, and write them where the flags say.
 
-    Seconds may be None (FakeTensorMode); such a table is not appended to --out. further: other figures for the --json file.
+    Seconds may be None (FakeTensorMode): the record in --out is then one of <experiment>_architecture, not of
+    <experiment>_cost. further: other figures for the --json file.
     """
     plain = costs["plain"]
     print(f"{'':16}{'seconds':>10}{'time/plain':>12}{'GFLOP':>9}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
@@ -165,7 +166,9 @@ def finish_comparison(
     if args.json:
         content = {"methods": methods, **(further or {}), "config": config, "environment": environment(args.device)}
         write_text(args.json, json.dumps(content, indent=1))
-    if args.out and plain.seconds is not None:
+    if args.out and plain.seconds is None:
+        append_run(args.out, f"{experiment}_architecture", config, by_architecture(costs), {}, args.device)
+    elif args.out:
         append_run(args.out, f"{experiment}_cost", config, methods, {}, args.device)
 
 

@@ -30,8 +30,13 @@ TITLES = {
 }
 
 
-def runs_to_plot(description: str, experiment: str, argv: Sequence[str] | None) -> tuple[list[dict], Path]:
-    """(the experiment's runs from the result files that the command line names, folder of the figures)."""
+def runs_to_plot(
+    description: str, experiment: str, argv: Sequence[str] | None, further: Sequence[str] = ()
+) -> tuple[list[dict], Path]:
+    """(the experiment's runs from the result files that the command line names, folder of the figures).
+
+    further: other kinds of records that are wanted as well, such as <experiment>_scale.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     results = f"{experiment}/results"
     parser.add_argument("results", nargs="*", default=sorted(glob(f"{results}/*.jsonl")), help="result files")
@@ -45,7 +50,7 @@ def runs_to_plot(description: str, experiment: str, argv: Sequence[str] | None) 
     runs, broken = read_runs(args.results)
     for line in broken:
         print(f"left out: {line}")
-    return [run for run in runs if run["experiment"] == experiment], args.out_dir
+    return [run for run in runs if run["experiment"] in (experiment, *further)], args.out_dir
 
 
 def usual_settings(runs: list[dict], names: Sequence[str]) -> list[dict]:

@@ -65,21 +65,23 @@ class LiveBytes(TorchDispatchMode):
             self.live -= self._storages.pop(key)[1]
 
 
-def peak_bytes(step: Step) -> int:
+def peak_bytes(step: Step, first: Step | None = None) -> int:
     """Largest number of bytes of tensors alive at once during `step`, those that exist before and that it uses counted in.
 
     On a CUDA machine that works on the device: the allocator's peak. Otherwise `LiveBytes`. The step runs twice: the first
-    run makes what stays (optimizer state) and shows which tensors belong to the step.
+    run makes what stays (optimizer state) and shows which tensors belong to the step. first: a cheaper step on the same
+    tensors that will do for that.
     """
+    first = first or step
     if _on_cuda():
-        step()
+        first()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
     with LiveBytes() as live:
-        step()
+        first()
         live.peak = live.live
         step()
     return live.peak
@@ -114,6 +116,20 @@ def compare(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> di
     fake = detect_fake_mode() is not None
     times = dict.fromkeys(steps) if fake else seconds(steps, repeats, warmup)
     return {name: Cost(times[name], *exact[name]) for name in steps}
+
+
+def by_architecture(costs: Mapping[str, Cost]) -> dict[str, dict]:
+    """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}}: what of the costs does not depend on the machine."""
+    plain = costs["plain"]
+    return {
+        method: {
+            "peak_bytes": cost.peak_bytes,
+            "flops": cost.flops,
+            "peak_over_plain": cost.peak_bytes / plain.peak_bytes,
+            "flops_over_plain": cost.flops / plain.flops,
+        }
+        for method, cost in costs.items()
+    }
 
 
 def _timed(step: Step) -> float:

@@ -1,11 +1,16 @@
 """What one step of each method costs at the paper's size, measured side by side: time, FLOPs, peak bytes.
 
     python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--batch-size 100] [--channels-last]
+    python -m label_noise_mwn.compare --fake --model wrn28_10       without time, on any machine: FLOPs and bytes are counted
+                                                                    on tensors that have shapes and no values (FakeTensorMode)
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
 """
 
+from contextlib import nullcontext
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd import cli
 from evograd.measuring import compare
@@ -28,15 +33,18 @@ def main(argv=None):
     parser.add_argument("--model", choices=list(MODELS), default="resnet32")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
     parser.add_argument("--channels-last", action="store_true", help="memory format of images and model")
+    parser.add_argument("--fake", action="store_true", help="take no time: count FLOPs and bytes only")
     args = parser.parse_args(argv)
     seed_everything(1)
     n_meta = -(-args.batch_size // 10) * 10
     task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
     common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--batch-size", str(args.batch_size)]
     common += ["--channels-last"] * args.channels_last
-    trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in ("cross_entropy", *args.methods)}
-    steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
-    costs = compare(steps, args.repeats)
+    with FakeTensorMode(allow_non_fake_inputs=True) if args.fake else nullcontext():
+        methods = ("cross_entropy", *args.methods)
+        trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in methods}
+        steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
+        costs = compare(steps, args.repeats)
     config = {"model": args.model, "batch_size": args.batch_size, "channels_last": args.channels_last}
     cli.finish_comparison(args, "label_noise_mwn", config, costs)
 

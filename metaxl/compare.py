@@ -3,6 +3,7 @@
     python -m metaxl.compare [--json FILE]                      the tiny encoder for real, XLM-R base and large by architecture
     python -m metaxl.compare --encoder FOLDER                   an encoder on disk for real
     python -m metaxl.compare --architectures base --length 48 200
+    python -m metaxl.compare --fake                             the architectures alone: nothing is timed
 
 A step is the tagger's update and the RTN's, on 12 source and 12 target sentences of --length sub-words (measured for real: the
 shortest length given), each of them a word; "plain" is joint training's update on the same 24 sentences. Architectures are
@@ -15,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd import cli
-from evograd.measuring import compare
+from evograd.measuring import by_architecture, compare
 from evograd.records import append_run, seed_everything
 
 from .data import Batch, toy_language
@@ -67,17 +68,8 @@ def xlm_r(size):
 def architecture_costs(size, length, batch_size, methods=cli.ESTIMATORS[:4]):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
-        costs = compare(trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu"), methods))
-    plain = costs["plain"]
-    return {
-        method: {
-            "peak_bytes": cost.peak_bytes,
-            "flops": cost.flops,
-            "peak_over_plain": cost.peak_bytes / plain.peak_bytes,
-            "flops_over_plain": cost.flops / plain.flops,
-        }
-        for method, cost in costs.items()
-    }
+        steps = trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu"), methods)
+        return by_architecture(compare(steps))
 
 
 def parse_comparison(argv):
@@ -85,13 +77,17 @@ def parse_comparison(argv):
     parser.add_argument("--encoder", default="tiny", metavar="FOLDER", help="that is measured for real: a folder, or tiny")
     parser.add_argument("--length", type=cli.at_least(3), nargs="+", default=[64, 200], help="sub-words of the sentences")
     parser.add_argument("--architectures", nargs="*", choices=tuple(XLM_R), default=tuple(XLM_R), help="of XLM-R")
+    parser.add_argument("--fake", action="store_true", help="measure nothing for real")
     parser.add_argument("--batch-size", type=cli.at_least(2), default=12, help="source sentences, and as many target sentences")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.fake and (args.encoder != "tiny" or args.json):
+        parser.error(f"{'--json' if args.json else '--encoder'} given, but --fake measures no encoder for real")
+    return args
 
 
-def main(argv=None):
-    args = parse_comparison(argv)
-    real_length = min(args.length)
+def measured(args):
+    """(configuration, {method: cost}) of the encoder that is run for real."""
+    length = min(args.length)
     with cli.exit_on_bad_input():
         if args.encoder == "tiny":
             sentences = toy_language("north")["train"][:200]
@@ -100,18 +96,21 @@ def main(argv=None):
         else:
             make_encoder = lambda: load_encoder(args.encoder)[0].to(args.device)
             limit = longest(*load_encoder(args.encoder))
-        if real_length > limit:
-            raise ValueError(f"--length {real_length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
+        if length > limit:
+            raise ValueError(f"--length {length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
+    costs = compare(trainers_and_steps(make_encoder, length, args.batch_size, args.device, args.methods), args.repeats)
+    return {"encoder": encoder_name(args.encoder), "length": length, "batch_size": args.batch_size}, costs
 
-    name = encoder_name(args.encoder)
-    costs = compare(trainers_and_steps(make_encoder, real_length, args.batch_size, args.device, args.methods), args.repeats)
-    measured = {"encoder": name, "length": real_length, "batch_size": args.batch_size}
+
+def main(argv=None):
+    args = parse_comparison(argv)
+    config, costs = (None, None) if args.fake else measured(args)
     architectures = []
     for size in args.architectures:
         for length in args.length:
-            config = {"encoder": f"xlm-roberta-{size}", "length": length, "batch_size": args.batch_size}
+            architecture = {"encoder": f"xlm-roberta-{size}", "length": length, "batch_size": args.batch_size}
             methods = architecture_costs(size, length, args.batch_size, args.methods)
-            architectures.append({**config, "methods": methods})
+            architectures.append({**architecture, "methods": methods})
             print(f"\nXLM-R {size}, {args.batch_size} + {args.batch_size} sentences of {length} sub-words, by architecture")
             print(f"{'':16}{'GFLOP':>10}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
             for method, cost in methods.items():
@@ -120,9 +119,10 @@ def main(argv=None):
                     f"{cost['peak_bytes'] / 1e6:10.1f}{cost['peak_over_plain']:12.3f}"
                 )
             if args.out:
-                append_run(args.out, "metaxl_architecture", config, methods, {}, args.device)
-    print()
-    cli.finish_comparison(args, "metaxl", measured, costs, {"architectures": architectures})
+                append_run(args.out, "metaxl_architecture", architecture, methods, {}, args.device)
+    if costs:
+        print()
+        cli.finish_comparison(args, "metaxl", config, costs, {"architectures": architectures})
 
 
 if __name__ == "__main__":

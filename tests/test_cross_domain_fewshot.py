@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import evograd
-from cross_domain_fewshot import compare, data, evaluate, plot, prepare, pretrain, quality, train
+from cross_domain_fewshot import compare, data, evaluate, plot, prepare, pretrain, quality, scale, train
 from cross_domain_fewshot.models import (
     HEADS,
     ON_MAPS,
@@ -24,6 +24,7 @@ from cross_domain_fewshot.models import (
 )
 from evograd import checkpoints
 from evograd.baselines import unrolled
+from evograd.records import append_run
 from tests.test_scripts import shell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +104,7 @@ def test_transformation_scales_and_shifts_each_channel_in_training_only():
         ("resnet18", 64, (512, 2, 2), 8 + 3),
         ("resnet34", 84, (512, 3, 3), 16 + 3),
         ("resnet50", 64, (2048, 2, 2), 16 + 4),
+        ("resnet152", 64, (2048, 2, 2), 50 + 4),
     ],
 )
 def test_backbones(backbone, size, shape, n_layers):
@@ -356,6 +358,67 @@ def test_the_paper_size_keeps_the_promises():
     assert cost["evograd"].peak_bytes <= 1.03 * cost["fixed"].peak_bytes
     assert cost["evograd"].flops <= 2450e9
     assert cost["fixed"].flops <= 0.62 * 1223e9
+
+
+def test_simulated_peaks_are_those_of_real_tensors(monkeypatch, capsys):
+    """A step small enough to be run; ResNet-18 and ResNet-34: python -m cross_domain_fewshot.scale --check."""
+    monkeypatch.delitem(scale.METHODS, "evograd_guided")
+    (peaks,) = scale.check(["conv4"], 32, torch.device("cpu")).values()
+    assert list(peaks) == ["plain", "evograd", "mixed_mode", "second_order"]
+    for method, peak in peaks.items():
+        assert peak["simulated"] == pytest.approx(peak["measured"], rel=0.01), method
+    assert peaks["second_order"]["measured"] > 1.5 * peaks["plain"]["measured"]
+    assert "second_order     simulated" in capsys.readouterr().out
+
+
+def test_scale(tmp_path, monkeypatch, capsys, refused):
+    monkeypatch.setattr(scale, "METHODS", {"evograd": "evograd"})
+    monkeypatch.setattr(scale, "RESNETS", {"conv4": None})
+    monkeypatch.setattr(scale, "BACKBONE", "conv4")
+    out = tmp_path / "scale.jsonl"
+    scale.main(["--device", "cpu", "--image-size", "32", "--n-candidates", "2", "4", "--out", str(out)])
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert record["experiment"] == "cross_domain_fewshot_scale"
+    assert record["config"]["backbones"] == ["conv4"]
+    metrics = record["metrics"]
+    stream, retain = metrics["candidates"]["stream"], metrics["candidates"]["retain"]
+    assert stream["2"] == metrics["backbones"]["conv4"]["evograd"]["peak_bytes"]
+    assert stream["4"] <= 1.02 * stream["2"]
+    assert retain["4"] > 1.5 * stream["4"]
+    assert metrics["deepest"]["evograd"]["12"] == "conv4"
+    assert "fits into 12" in capsys.readouterr().out
+    refused(scale.main, ["--check", "--n-candidates", "2"], "--check does not read it")
+
+
+def made_up_peaks():
+    backbones = {"resnet18": (3, 9), "resnet50": (13, 40), "resnet152": (25, 90)}
+    return {
+        name: {"plain": {"peak_bytes": small * 1e9}, "second_order": {"peak_bytes": large * 1e9}}
+        for name, (small, large) in backbones.items()
+    }
+
+
+def test_deepest_backbone_that_fits(monkeypatch):
+    monkeypatch.setattr(scale, "METHODS", {"plain": compare.PLAIN, "second_order": "second_order"})
+    assert scale.deepest(made_up_peaks()) == {
+        "plain": {12: "resnet18", 24: "resnet50", 80: "resnet152"},
+        "second_order": {12: "resnet18", 24: "resnet18", 80: "resnet50"},
+    }
+    assert scale.deepest({"resnet50": made_up_peaks()["resnet50"]})["plain"][12] == "none"
+
+
+def test_figures_of_scale(tmp_path):
+    peaks = {name: dict.fromkeys(plot.SCALE, costs["plain"]) for name, costs in made_up_peaks().items()}
+    candidates = {strategy: {"2": 1e9, "4": 2e9} for strategy in scale.STRATEGIES}
+    deepest = {"plain": {"12": "resnet18", "24": "resnet50", "80": "resnet152"}}
+    metrics = {"backbones": peaks, "candidates": candidates, "deepest": deepest}
+    config = {"image_size": 224, "backbone_of_candidates": "resnet18"}
+    append_run(tmp_path / "scale.jsonl", "cross_domain_fewshot_scale", config, metrics, {}, "cpu")
+    plot.main([str(tmp_path / "scale.jsonl"), "--out-dir", str(tmp_path)])
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == [
+        "cross_domain_fewshot_scale_candidates",
+        "cross_domain_fewshot_scale_depth",
+    ]
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

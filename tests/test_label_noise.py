@@ -371,6 +371,19 @@ def test_compare_prints_and_writes(tmp_path, capsys):
     assert all(name in printed for name in methods)
 
 
+def test_compare_without_time_counts_what_a_real_step_needs(tmp_path):
+    arguments = ["--device", "cpu", "--repeats", "1", "--model", "small", "--batch-size", "16"]
+    compare.main([*arguments, "--json", str(tmp_path / "cost.json")])
+    compare.main([*arguments, "--fake", "--out", str(tmp_path / "runs.jsonl")])
+    measured = json.loads((tmp_path / "cost.json").read_text())["methods"]
+    record = json.loads((tmp_path / "runs.jsonl").read_text())
+    assert record["experiment"] == "label_noise_mwn_architecture"
+    for method, cost in record["metrics"].items():
+        assert cost["flops"] == measured[method]["flops"]
+        assert cost["peak_bytes"] == pytest.approx(measured[method]["peak_bytes"], rel=0.01)
+        assert cost["flops_over_plain"] == cost["flops"] / measured["plain"]["flops"]
+
+
 def test_cost_at_the_papers_size():
     """ResNet-32, batch 100, one full step, simulated: bytes and FLOPs over those of the plain step and of T1-T2."""
     with FakeTensorMode():

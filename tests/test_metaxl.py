@@ -453,6 +453,18 @@ def test_compare_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert [line["experiment"] for line in lines] == ["metaxl_architecture", "metaxl_cost"]
 
 
+def test_compare_without_time_takes_the_architectures_alone(tmp_path, monkeypatch, refused):
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    monkeypatch.setattr(compare, "XLM_R", {"base": small})
+    monkeypatch.setattr(compare, "METHODS", ("joint_training", "evograd"))
+    flags = ["--device", "cpu", "--length", "16", "--batch-size", "4", "--architectures", "base", "--fake"]
+    compare.main([*flags, "--out", str(tmp_path / "runs.jsonl")])
+    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert line["experiment"] == "metaxl_architecture"
+    refused(compare.main, [*flags, "--json", str(tmp_path / "cost.json")], "--json given, but --fake")
+    refused(compare.main, [*flags, "--encoder", "nowhere"], "--encoder given, but --fake")
+
+
 # --- the script and bad input ------------------------------------------------------------------------------------------
 
 

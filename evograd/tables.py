@@ -1,0 +1,255 @@
+"""Tables from result lines: what resources/paper_tables.json describes, as text and as Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .records import mean_std
+
+SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
+NOT_RUN = "not run"
+PUBLISHED = "published"  # header of a column of published numbers, which belong to the column before it
+
+
+@dataclass
+class Table:
+    """A table as text.
+
+    experiment: the section it stands in.  rows: cells, the first n_labels of them labels.  command: makes the result lines.
+    """
+
+    name: str
+    experiment: str
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    source: str | None
+    runs: list[dict]
+    notes: list[str] = field(default_factory=list)
+    command: str | None = None
+    n_labels: int = 1
+
+    @property
+    def remarks(self) -> str:
+        return " ".join(self.notes + ([f"Published numbers: {self.source}."] if self.source else []))
+
+
+def build_tables(spec: dict, runs: list[dict]) -> list[Table]:
+    """All tables of resources/paper_tables.json, the summary first."""
+    specs = {table["name"]: table for table in spec["tables"]}
+    tables = [_ratio_table(t, specs, runs) if t.get("kind") == "ratios" else build_table(t, runs) for t in specs.values()]
+    return ([_summary(spec["summary"], specs, spec["experiments"], runs)] if "summary" in spec else []) + tables
+
+
+def build_table(spec: dict, runs: list[dict]) -> Table:
+    """The table that `spec` (an entry of resources/paper_tables.json) describes, from the runs that it selects."""
+    runs = _select(spec, runs)
+    if spec.get("kind") == "cost":
+        return _cost_table(spec, runs)
+    columns = spec["columns"]
+    across = _across(columns)
+    with_paper = {key for row in spec["rows"] for key in row.get("paper", {})}
+    header = ["Method", "runs"]
+    for column in columns:
+        header.append(column["label"])
+        if _key(column) in with_paper:
+            header.append(PUBLISHED)
+    rows, shown = [], {}
+    for row in spec["rows"]:
+        groups = _groups([run for run in runs if _matches(run["config"], row["match"])], across) or [("", [])]
+        for suffix, group in groups:
+            cells, counts = [], []
+            for column in columns:
+                mine = [run for run in group if _matches(run["config"], column.get("where", {}))]
+                shown |= {id(run): run for run in mine}
+                counts.append(len(mine))
+                cells.append(_cell(*_statistics(mine, column, row), column))
+                if _key(column) in with_paper:
+                    cells.append(_published(row, column) if not suffix else "–")
+            different = dict.fromkeys(map(str, counts))
+            n_runs = "/".join(different if len(different) == 1 else map(str, counts)) if group else NOT_RUN
+            rows.append([row["label"] + suffix, n_runs, *cells])
+    left = len(runs) - len(shown)
+    notes = [spec["note"]] if spec.get("note") else []
+    if any("±" in cell for cells in rows for cell in cells):
+        notes.append("Mean ± sample standard deviation over runs with different seeds.")
+    if left:
+        notes.append(f"{left} more runs of other settings are in the result files and in no row.")
+    return _table(spec, header, rows, list(shown.values()), notes)
+
+
+def _cost_table(spec: dict, runs: list[dict]) -> Table:
+    """Time, FLOPs and peak of one step of every method, over those of the plain step measured beside it: the last run."""
+    header = ["Method", "time / plain", "FLOPs / plain", "peak / plain", "peak", "time / T1–T2", "peak / T1–T2"]
+    rows, notes = [], [spec["note"]] if spec.get("note") else []
+    if runs:
+        methods = runs[-1]["metrics"]
+        plain = methods["plain"]
+        for method, cost in methods.items():
+            ratios = [f"{cost[key] / plain[key]:.2f}" for key in ("seconds", "flops", "peak_bytes")]
+            peak = f"{cost['peak_bytes'] / 1e6:.1f} MB"
+            rows.append([spec["labels"].get(method, method), *ratios, peak, *_over_second_order(methods, method)])
+        notes.append(f"One step measured side by side on: {runs[-1]['environment']['device']}.")
+    return _table(spec, header, rows, runs[-1:], notes)
+
+
+def _over_second_order(methods: dict, method: str) -> list[str]:
+    """(time, peak) of a method's step over those of T1–T2, from the metrics of a cost record."""
+    own, second = methods.get(method), methods.get("second_order")
+    return [f"{own[key] / second[key]:.2f}" if own and second else "–" for key in ("seconds", "peak_bytes")]
+
+
+def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict]) -> Table:
+    """One line for each cost table that the spec names: time and peak of methods over those of T1–T2, from the last record."""
+    header, rows, used, notes = ["Application"], [], [], [spec["note"]] if spec.get("note") else []
+    for title in spec["methods"].values():
+        header += [f"{title}: time / T1–T2", f"{title}: peak / T1–T2"]
+    for row in spec["rows"]:
+        last = _select(specs[row["cost"]], runs)[-1:]
+        methods = last[0]["metrics"] if last else {}
+        cells = [cell for method in spec["methods"] for cell in _over_second_order(methods, method)]
+        second = methods.get("second_order")
+        rows.append([row["label"], *cells, f"{second['peak_bytes'] / 1e6:.0f} MB" if second else NOT_RUN])
+        used += last
+    header.append("T1–T2: peak")
+    devices = dict.fromkeys(run["environment"]["device"] for run in used)
+    if devices:
+        notes.append(f"One step of each method measured side by side on: {'; '.join(devices)}.")
+    return _table(spec, header, rows, used, notes)
+
+
+def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict]) -> Table:
+    """One line for each experiment: a column of one of its tables by method, the published number, the cost against T1–T2.
+
+    Of the entry's `measures` the first one that was run counts. Several columns are averaged, where all of them were run.
+    """
+    titles = {experiment["name"]: experiment["title"] for experiment in experiments}
+    header, rows, used = ["Experiment", "measured"], [], {}
+    for method, title in spec["methods"].items():
+        header += [title] + [PUBLISHED] * (method == spec["published"])
+    for entry in spec["entries"]:
+        lines = [(measure["label"], *_measure(spec, measure, specs[measure["table"]], runs)) for measure in entry["measures"]]
+        label, cells, values, mine = next((line for line in lines if set(line[2]) - {None}), lines[0])
+        last = _select(specs[entry["cost"]], runs)[-1:] if entry.get("cost") else []
+        rows.append(
+            [titles[entry["experiment"]], label, *cells]
+            + _over_second_order(last[0]["metrics"] if last else {}, spec["costs_of"])
+        )
+        used |= {id(run): run for run in [*mine, *last]}
+    of = spec["methods"][spec["costs_of"]]
+    header += [f"{of}'s cost: time / T1–T2", f"{of}'s cost: peak / T1–T2"]
+    notes = [spec["note"]] if spec.get("note") else []
+    return Table(SUMMARY, SUMMARY, spec["title"], header, rows, spec.get("source"), list(used.values()), notes, n_labels=2)
+
+
+def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[list[str], list[float | None], list[dict]]:
+    """(cells of one line of the summary, our own values among them, the runs behind them)."""
+    columns = {column["label"]: column for column in table["columns"]}
+    columns = [columns[label] for label in measure["columns"]]
+    labelled = {row["label"]: row for row in table["rows"]}
+    cells, values, used = [], [], []
+    for method in spec["methods"]:
+        row = labelled[measure["rows"][method]] if method in measure["rows"] else None
+        wanted = [run for run in _select(table, runs) if row and _matches(run["config"], row["match"])]
+        group = next((group for _, group in _groups(wanted, _across(table["columns"]))), [])
+        chosen = [[run for run in group if _matches(run["config"], column.get("where", {}))] for column in columns]
+        found = [_statistics(mine, column, row) for mine, column in zip(chosen, columns)]
+        if len(found) > 1:  # the average is shown without a spread: what the columns stand for differs
+            means = [mean for mean, _ in found]
+            found = [(None if None in means else sum(means) / len(means), None)]
+        values.append(found[0][0])
+        cells.append(_cell(*found[0], columns[0]) if group or not row else NOT_RUN)
+        if method == spec["published"]:
+            cells.append(_published(row, columns[0]) if row and len(columns) == 1 else "–")
+        used += [run for mine in chosen for run in mine]
+    return cells, values, used
+
+
+def _table(spec: dict, header: list[str], rows: list[list[str]], runs: list[dict], notes: list[str]) -> Table:
+    section = spec.get("section", spec.get("experiment"))
+    return Table(spec["name"], section, spec["title"], header, rows, spec.get("source"), runs, notes, spec.get("command"))
+
+
+def _select(spec: dict, runs: list[dict]) -> list[dict]:
+    return [run for run in runs if run["experiment"] == spec["experiment"] and _matches(run["config"], spec.get("where", {}))]
+
+
+def _across(columns: Sequence[dict]) -> tuple[str, ...]:
+    """What runs of one row may differ in."""
+    return ("seed", *(key for column in columns for key in column.get("where", {})))
+
+
+def _key(column: dict) -> str:
+    """By what name a row's published numbers speak of a column."""
+    return column.get("key", column["value"])
+
+
+def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dict]]]:
+    """Runs of one configuration but for the keys `across` are one row; what sets further rows apart follows their label."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        key = json.dumps({k: v for k, v in run["config"].items() if k not in across}, sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    result = []
+    for group in ordered:
+        usual, this = ordered[0][0]["config"], group[0]["config"]
+        different = [k for k in {**usual, **this} if k not in across and usual.get(k) != this.get(k)]
+        result.append(("".join(f", {k} {this.get(k)}" for k in different), group))
+    return result
+
+
+def _matches(config: dict, wanted: dict) -> bool:
+    return all(config.get(key) == value for key, value in wanted.items())
+
+
+def _statistics(runs: list[dict], column: dict, row: dict | None) -> tuple[float | str | None, float | None]:
+    """(mean, standard deviation) of a column; of text, which has neither, the last run's."""
+    values = [_value(run, column, row) for run in runs]
+    text = [value for value in values if isinstance(value, str)]
+    return (text[-1], None) if text else mean_std(values)[:2]
+
+
+def _value(run: dict, column: dict, row: dict | None) -> float | str | None:
+    """`column["value"]` is a path such as metrics.angle, a * in it the row's `key`; `scale` turns it into the label's unit."""
+    value = run
+    for key in column["value"].split("."):
+        key = row["key"] if key == "*" else key
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, (int, float)):
+        return value * column.get("scale", 1)
+    return value if isinstance(value, str) else None
+
+
+def _cell(mean: float | str | None, std: float | None, column: dict) -> str:
+    if mean is None or isinstance(mean, str):
+        return mean or "–"
+    decimals = column.get("decimals", 2)
+    return f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
+
+
+def _published(row: dict, column: dict) -> str:
+    published = row.get("paper", {}).get(_key(column))
+    return _cell(published["mean"], published.get("std"), column) if published else "–"
+
+
+def to_markdown(table: Table) -> str:
+    align = [":--"] * table.n_labels + ["--:"] * (len(table.header) - table.n_labels)
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [table.header, align, *table.rows])
+    return text + "\n\n" + table.remarks + "\n"
+
+
+def update_markdown(text: str, tables: list[Table]) -> str:
+    """`text` with what stands between <!-- table:NAME --> and <!-- /table --> made anew; ValueError for an unknown name."""
+    known = {table.name: table for table in tables}
+
+    def renew(match: re.Match) -> str:
+        if match["name"] not in known:
+            raise ValueError(f"marker <!-- table:{match['name']} -->: no such table; there are {', '.join(known)}")
+        return f"{match['start']}\n{to_markdown(known[match['name']])}{match['end']}"
+
+    pattern = r"(?P<start><!-- table:(?P<name>[\w-]+) -->).*?(?P<end><!-- /table -->)"
+    return re.sub(pattern, renew, text, flags=re.DOTALL)
