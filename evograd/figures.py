@@ -1,7 +1,9 @@
-"""What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written."""
+"""What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
+
+python -m evograd.figures [FILE.jsonl …]        resources/quality.png, the quality of every estimate over what it costs
+"""
 
 import argparse
-import json
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -11,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .records import read_runs
+from .records import read_runs, settings_key
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), the same in every figure.
 COLOURS = {
@@ -59,8 +61,7 @@ def usual_settings(runs: list[dict], names: Sequence[str]) -> list[dict]:
     groups = {}
     for run in runs:
         group = groups.setdefault(tuple(run["config"][name] for name in names), {})
-        settings = json.dumps({k: v for k, v in run["config"].items() if k != "seed"}, sort_keys=True)
-        group.setdefault(settings, []).append(run)
+        group.setdefault(settings_key(run["config"], without=["seed"]), []).append(run)
     return [run for group in groups.values() for run in max(reversed(group.values()), key=len)]
 
 
@@ -70,3 +71,57 @@ def save(figure: plt.Figure, path: Path, remark: str = "") -> None:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     print(f"figure: {path}{remark}")
+
+
+# {name of an estimate in evograd/quality.py: (label, method whose colour it has, marker)}
+ESTIMATES = {
+    "evograd_k2": ("EvoGrad, K = 2", "evograd", "o"),
+    "evograd_k10": ("EvoGrad, K = 10", "evograd", "s"),
+    "evograd_k50": ("EvoGrad, K = 50", "evograd", "D"),
+    "evograd_k50_common": ("EvoGrad, K = 50, common random numbers", "theory", "D"),
+    "guided": ("guided, gradient at θ", "evograd_guided", "^"),
+    "guided_sgd": ("guided, after an SGD step", "evograd_guided", "v"),
+    "guided_made": ("guided, after the step made", "evograd_guided", "P"),
+    "mixed_sgd": ("mixed mode, after an SGD step", "mixed_mode", "v"),
+    "mixed_made": ("mixed mode, after the step made", "mixed_mode", "P"),
+    "finite_difference": ("finite differences (DARTS)", "baseline", "X"),
+    "neumann": ("Neumann series, 5 terms", "baseline", "<"),
+    "conjugate_gradient": ("conjugate gradients, 5 iterations", "baseline", ">"),
+}
+
+
+def plot_quality(runs: list[dict], path: Path) -> None:
+    """One panel for each experiment: mean cosine to exact T1–T2 over the FLOPs of one hypergradient, those of T1–T2 being 1."""
+    figure, axes = plt.subplots(
+        1, len(runs), figsize=(3.1 * len(runs), 4.6), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, run in zip(axes[0], runs):
+        metrics = run["metrics"]
+        for name, (label, method, marker) in ESTIMATES.items():
+            cost = metrics["quality_flops"][name] / metrics["quality_flops"]["exact"]
+            colour = COLOURS[method]
+            axis.plot(cost, metrics["cosine"][name], marker, color=colour, ms=7, alpha=0.85, mec="white", label=label, ls="")
+        axis.plot(1, 1, "*", color=COLOURS["second_order"], ms=13, mec="white", label="exact T1–T2 (higher)", ls="")
+        axis.axhline(0, color="black", lw=0.7)
+        axis.set_xscale("log")
+        axis.set_title(f"{run['experiment']}, {run['config']['data']}", fontsize=10)
+        axis.set_xlabel("FLOPs / T1–T2")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("cosine to exact T1–T2")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", default=sorted(glob("*/results/quality.jsonl")), help="result files")
+    parser.add_argument("--out", type=Path, default=Path("resources/quality.png"), help="the figure")
+    args = parser.parse_args(argv)
+    runs = [run for run in read_runs(args.results)[0] if "quality_flops" in run["metrics"]] if args.results else []
+    if not runs:
+        parser.error(f"no run with --log-quality in {', '.join(args.results) or '*/results/quality.jsonl'}; make some first")
+    plot_quality(runs, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -150,7 +150,12 @@ def find_run(path: str | Path, experiment: str, config: dict) -> dict | None:
 
 
 def _identity(experiment: str, config: dict) -> str:
-    return json.dumps([experiment, config], sort_keys=True)
+    return experiment + settings_key(config)
+
+
+def settings_key(config: dict, without: Iterable[str] = ()) -> str:
+    """Equal for equal settings. One that is None is as good as one that is not there: the scripts may learn new ones."""
+    return json.dumps({k: v for k, v in config.items() if v is not None and k not in without}, sort_keys=True)
 
 
 def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .records import mean_std
+from .records import mean_std, settings_key
 
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
 NOT_RUN = "not run"
@@ -46,6 +45,8 @@ def build_tables(spec: dict, runs: list[dict]) -> list[Table]:
 
 def build_table(spec: dict, runs: list[dict]) -> Table:
     """The table that `spec` (an entry of resources/paper_tables.json) describes, from the runs that it selects."""
+    if spec.get("kind") == "quality":
+        return _quality_table(spec, runs)
     runs = _select(spec, runs)
     if spec.get("kind") == "cost":
         return _cost_table(spec, runs)
@@ -79,6 +80,27 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
     if left:
         notes.append(f"{left} more runs of other settings are in the result files and in no row.")
     return _table(spec, header, rows, list(shown.values()), notes)
+
+
+def _quality_table(spec: dict, runs: list[dict]) -> Table:
+    """One line for each estimator, one column for each problem: mean cosine to exact T1–T2 in the runs that logged it.
+
+    The last column is the estimate's FLOPs over those of T1–T2 in the same problem, as a range over the problems.
+    """
+    header = ["Estimate", *(column["label"] for column in spec["columns"]), "FLOPs / T1–T2"]
+    logged = [[run for run in _select(column, runs) if "quality_flops" in run["metrics"]] for column in spec["columns"]]
+    rows = []
+    for row in spec["rows"]:
+        cells, costs = [], []
+        for column, mine in zip(spec["columns"], logged):
+            name = column.get("names", {}).get(row["estimate"], row["estimate"])
+            found = [run["metrics"] for run in mine if name in run["metrics"]["cosine"]]
+            cells.append(_cell(*mean_std(m["cosine"][name] for m in found)[:2], {"decimals": 3}) if mine else NOT_RUN)
+            costs += [m["quality_flops"][name] / m["quality_flops"]["exact"] for m in found]
+        low, high = (f"{f(costs):.2f}" if costs else "–" for f in (min, max))
+        rows.append([row["label"], *cells, low if low == high else f"{low} to {high}"])
+    used = [run for mine in logged for run in mine]
+    return _table(spec, header, rows, used, [spec["note"]] if spec.get("note") else [])
 
 
 def _cost_table(spec: dict, runs: list[dict]) -> Table:
@@ -191,8 +213,7 @@ def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dic
     """Runs of one configuration but for the keys `across` are one row; what sets further rows apart follows their label."""
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run["config"].items() if k not in across}, sort_keys=True)
-        groups.setdefault(key, []).append(run)
+        groups.setdefault(settings_key(run["config"], across), []).append(run)
     ordered = sorted(groups.values(), key=len, reverse=True)
     result = []
     for group in ordered:
