@@ -76,15 +76,16 @@ def hypergradient(
             T1–T2 hypergradient at inner learning rate σ² (K − 1) / (K τ), or σ² P / τ if guided (K even). Default: that scale.
         lookahead: where "guided" takes G: named parameters (those after the training step, say), or "sgd" for one SGD step of
             `inner_lr` on train_loss from θ. Default: at θ.
-        generator: a CPU generator that the seeds of the noise are drawn from. Default: torch's global one.
+        generator: a CPU generator that seeds are drawn from, those of the noise, and with `group` those of what closures draw.
+            Default: torch's global one.
         group: a torch.distributed process group that shares out the work (`torch.distributed.group.WORLD` is that of all
             processes). Each calls with the same θ, λ and settings, and each gets the same result. See `share`. Default: this
             process does everything. K losses, K slopes and one gradient of λ's size cross the network, and nothing of θ's size.
         share: what the processes of the group divide. "candidates": all have the same batches, and each evaluates its part of
-            the K ≥ n candidates. The result is that of one process, with the numbers that closures draw (dropout) seeded for
-            each candidate, alike in every process. "batch": each closure is a mean over the process's own part of the batch,
-            parts of equal size; all evaluate every candidate, and losses and gradients are averaged. Not for noise="guided",
-            whose G of the whole batch is of θ's size.
+            the candidates, at least one. The result is that of one process (to float32's rounding in "retain", to that of the
+            result in "stream"), with the numbers that closures draw (dropout) seeded for each candidate, alike in every
+            process. "batch": each closure is a mean over the process's own part of the batch, parts of equal size; all evaluate
+            every candidate, and losses and gradients are averaged. Not for noise="guided": G of the whole batch has θ's size.
 
     Returns:
         Hypergradient: `grads` (aligned with `hyperparameters`), `val_loss` (), `candidate_losses` (K,), `weights` (K,).
@@ -92,9 +93,9 @@ def hypergradient(
     Raises:
         ValueError, TypeError: an argument out of its range, or a loss that is not a scalar.
         RuntimeError: a hyperparameter on which no loss depends, or a loss that is NaN or infinite. With `group` also, in every
-            process: a closure that raised in another one, or generators that disagree (the noise must be the same in all:
-            seed them alike; that is checked, nothing is sent for it). A process that dies is noticed by torch.distributed, at
-            the latest after the timeout of its init_process_group; torchrun ends the others at once.
+            process: a closure that raised in another one, or generators that disagree (no noise is sent, so it must be drawn
+            alike: seed them alike). A process that dies is noticed by torch.distributed, at the latest after the timeout of
+            its init_process_group; torchrun ends the others at once.
 
     Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast.
     """
