@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from evograd.checkpoints import outlive_signals
+
 DATASETS = ("glyphs", "filelists")
 PAPER_DOMAINS = ("miniImagenet", "cub", "cars", "places", "plantae")  # the first one: encoder and auxiliary loss
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
@@ -257,7 +259,8 @@ class TestEpisodes(Dataset):
 
 def stream(dataset: Dataset, numbers: Sequence[int], n_workers: int, pin: bool) -> Iterator:
     """dataset[t] for t of numbers, loaded by workers ahead of time (0: here, when asked for)."""
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=n_workers, pin_memory=pin))
+    settings = dict(batch_size=None, num_workers=n_workers, worker_init_fn=outlive_signals, pin_memory=pin)
+    return iter(DataLoader(dataset, sampler=numbers, **settings))
 
 
 def normalize(pixels: Tensor) -> Tensor:

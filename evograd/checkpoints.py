@@ -81,6 +81,23 @@ def restore_random_states(states: dict) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
+def outlive_signals(worker: int) -> None:
+    """For DataLoader(worker_init_fn=…): a signal to all processes of a run does not take its data away before it has saved.
+
+    Terminals and schedulers send such signals. A worker ends with the run, or by a SIGTERM of the run's own.
+    """
+
+    def obey_the_run() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_the_run, daemon=True).start()
+
+
 class Keeper:
     """The checkpoint of one training run, and what is said where the run ends before its time.
 

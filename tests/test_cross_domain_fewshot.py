@@ -2,6 +2,11 @@
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -474,14 +479,38 @@ def test_images_and_augmentations_go_on_where_a_stopped_run_was(lists, monkeypat
         done.append(step(trainer, *batch))
         return done[-1]
 
-    resumable = [*settings, "--out", str(lists / "stopped.jsonl"), "--checkpoint-every", "2", "--resume"]
+    resumable = [*settings, "--out", str(lists / "stopped" / "runs.jsonl"), "--checkpoint-every", "2", "--resume"]
     monkeypatch.setattr(train.Trainer, "step", stop)
     with pytest.raises(InterruptedError):
         train_on_files(lists, *resumable)
     monkeypatch.undo()
     train_on_files(lists, *resumable)
-    whole, stopped = (json.loads((lists / name).read_text())["metrics"] for name in ("runs.jsonl", "stopped.jsonl"))
+    whole, stopped = (json.loads((lists / name).read_text())["metrics"] for name in ("runs.jsonl", "stopped/runs.jsonl"))
     assert whole == stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_workers_too(number, lists, monkeypatch, capsys):
+    """As a terminal and a scheduler send it: to all processes of a run."""
+    step, done = train.Trainer.step, []
+
+    def signalled(trainer, *batch):
+        done.append(step(trainer, *batch))
+        if len(done) == 2:
+            workers = multiprocessing.active_children()
+            assert workers
+            pids = [str(worker.pid) for worker in workers] + [str(os.getpid())]
+            subprocess.run(["kill", f"-{int(number)}", *pids], check=True)
+            time.sleep(0.2)
+        return done[-1]
+
+    monkeypatch.setattr(train.Trainer, "step", signalled)
+    with pytest.raises(SystemExit) as ended:
+        train_on_files(lists, "--episodes", "30", "--cache-gb", "0", "--workers", "2")
+    assert ended.value.code == 128 + number
+    assert f"stopped by {number.name} after step 2 of 30" in capsys.readouterr().err
+    (file,) = (lists / "checkpoints").iterdir()
+    assert checkpoints.load(file)["step"] == 2
 
 
 def test_bad_file_lists(lists, refused):
