@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evograd import report, tables
+from evograd import figures, report, tables
 from evograd.records import append_line, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,3 +302,43 @@ def test_the_spec_is_whole():
         assert table.experiment in sections, table.name
         assert table.command or table.experiment == "summary", table.name
     assert (ROOT / "resources" / spec["diagram"]["file"]).is_file()
+
+
+def test_the_quality_table_and_figure(tmp_path, capsys):
+    """Rows are estimates, columns problems; FLOPs over those of T1–T2, never the other way round."""
+
+    def logged(experiment, cosine):
+        cosines = dict.fromkeys(figures.ESTIMATES, cosine)
+        flops = dict.fromkeys(cosines, 300) | {"exact": 400}
+        return {
+            "experiment": experiment,
+            "config": {"seed": 1, "data": "d"},
+            "metrics": {"cosine": cosines, "quality_flops": flops},
+            "cost": {},
+            "environment": {},
+        }
+
+    runs = [logged("a", 0.25), logged("b", 0.9997), logged("b", -1.0) | {"metrics": {"cosine": {}}}]
+    columns = [{"label": e, "experiment": e, "where": {"data": "d"}} for e in ("a", "b", "c")]
+    rows = [{"label": "guided", "estimate": "guided"}, {"label": "other", "estimate": "evograd_k3"}]
+    table = tables.build_table({"name": "q", "kind": "quality", "title": "Q", "columns": columns, "rows": rows}, runs)
+    assert table.header == ["Estimate", "a", "b", "c", "FLOPs / T1–T2"]
+    assert table.rows == [["guided", "0.250", "1.000", "not run", "0.75"], ["other", "–", "–", "not run", "–"]]
+    path = tmp_path / "quality.jsonl"
+    for run in runs[:2]:
+        append_line(path, json.dumps(run))
+    figures.main([str(path), "--out", str(tmp_path / "quality.png")])
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        figures.main(["/dev/null"])
+    assert "no run with --log-quality in /dev/null" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_none_makes_no_new_row(tmp_path):
+    """Runs from before a script learned a setting stand beside those after."""
+    path = tmp_path / "results.jsonl"
+    for record in (line("a", 1, 90.0), line("a", 2, 91.0, new=None), line("a", 1, 92.0, new=None), line("a", 1, 93.0, new=1)):
+        append_line(path, record)
+    runs, _ = read_runs([path])
+    assert [run["metrics"]["accuracy"] for run in runs] == [92.0, 91.0, 93.0]
+    assert [row[1:3] for row in tables.build_table(SPEC["tables"][0], runs).rows[:2]] == [["2", "91.5 ± 0.7"], ["1", "93.0"]]
