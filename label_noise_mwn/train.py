@@ -291,11 +291,8 @@ def main(argv=None):
     if found:
         trainer.load_state_dict(found["trainer"])
         scheduler.load_state_dict(found["scheduler"])
-        curves, weight_curves, losses = (
-            found["curves"],
-            found["weight_curves"],
-            [loss.to(args.device) for loss in found["losses"]],
-        )
+        curves, weight_curves = found["curves"], found["weight_curves"]
+        losses = [loss.to(args.device) for loss in found["losses"]]
     start = perf_counter() - found.get("seconds", 0)
     state = lambda: {
         "trainer": trainer.state_dict(),

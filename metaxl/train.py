@@ -408,9 +408,8 @@ def main(argv=None):
     if found:
         trainer.load_state_dict(found["trainer"])
         data.load_state_dict(found["data"])
-        dev_f1, losses, best, best_epoch, seconds = (
-            found[name] for name in ("dev_f1", "losses", "best", "best_epoch", "seconds")
-        )
+        dev_f1, losses, seconds = found["dev_f1"], found["losses"], found["seconds"]
+        best, best_epoch = found["best"], found["best_epoch"]
         epoch_losses = [loss.to(args.device) for loss in found["epoch_losses"]]
     state = lambda: {
         "trainer": trainer.state_dict(),
