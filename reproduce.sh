@@ -38,33 +38,44 @@ jobs_at_once() { # one for each CPU core, four at the most
 
 setup_venv
 OUT=report/results
-SECONDS=0 LEFT=11 # minutes of work on two cores, after the packages are installed
-step() { # step NUMBER MINUTES TEXT
-  echo "== $1 of 7: $3, about $2 min ($((SECONDS / 60)) min so far, about $LEFT to go on two cores)"
-  LEFT=$((LEFT - $2))
+# Seconds of each section as seen on two CPU cores, in their order.
+EXPECTED=(5 100 100 150 60 60 5)
+section=0
+START=$SECONDS
+progress() { # progress TITLE: what runs, how long it will take and how much is left, by this machine's speed once it is known
+  local spent=$((SECONDS - START)) behind=0 left=0 own=${EXPECTED[section]} i
+  for ((i = 0; i < ${#EXPECTED[@]}; i++)); do
+    if ((i < section)); then behind=$((behind + EXPECTED[i])); else left=$((left + EXPECTED[i])); fi
+  done
+  if ((behind >= 60)); then
+    own=$((own * spent / behind)) left=$((left * spent / behind))
+  fi
+  section=$((section + 1))
+  echo "== $section of ${#EXPECTED[@]}: $1, about $(duration $own); $(duration $spent) so far, about $(duration $left) to go"
 }
+duration() { if (($1 < 90)); then echo "$1 s"; else echo "$((($1 + 30) / 60)) min"; fi; }
 JOBS=$(jobs_at_once)
 export JOBS
 
-step 1 0 "one-dimensional illustration"
+progress "one-dimensional illustration"
 "$PYTHON" -m illustration_1d.train --out $OUT/illustration_1d.jsonl --figures $OUT
-step 2 2 "rotation on embedded digits, five methods, two seeds"
+progress "rotation on embedded digits, five methods, two seeds"
 SEEDS="1 23" bash rotation/run.sh --data digits --out $OUT/rotation.jsonl
 "$PYTHON" -m rotation.plot $OUT/rotation.jsonl --out-dir $OUT
-step 3 3 "label noise on embedded digits, five methods"
+progress "label noise on embedded digits, five methods"
 LEVELS=0.4 SEEDS=3 bash label_noise_mwn/run.sh --data digits --out $OUT/label_noise_mwn.jsonl
 "$PYTHON" -m label_noise_mwn.plot $OUT/label_noise_mwn.jsonl --out-dir $OUT
-step 4 3 "cross-domain few-shot on embedded glyphs, four methods"
+progress "cross-domain few-shot on embedded glyphs, four methods"
 METHODS="none evograd evograd_guided second_order" HELD_OUT=serif SHOTS=1 PRETRAIN="--epochs 6" \
   bash cross_domain_fewshot/run.sh --test-episodes 300 --out $OUT/cross_domain_fewshot.jsonl
 "$PYTHON" -m cross_domain_fewshot.plot $OUT/cross_domain_fewshot.jsonl --out-dir $OUT
-step 5 2 "cross-lingual learning on generated languages, five methods"
+progress "cross-lingual learning on generated languages, five methods"
 METHODS="joint_training evograd evograd_guided mixed_mode second_order" SEEDS=1 bash metaxl/run.sh --out $OUT/metaxl.jsonl
 "$PYTHON" -m metaxl.plot $OUT/metaxl.jsonl --out-dir $OUT
-step 6 1 "cost of one step of each method of rotation and label noise, side by side"
+progress "cost of one step of each method of rotation and label noise, side by side"
 "$PYTHON" -m rotation.compare --out $OUT/rotation.jsonl
 "$PYTHON" -m label_noise_mwn.compare --repeats 3 --out $OUT/label_noise_mwn.jsonl
-step 7 0 "report"
+progress "report"
 # What has just run comes last, and so stands for the committed runs of the same configuration.
 "$PYTHON" -m evograd.report $(ls */results/*.jsonl | grep -v ^report/) $OUT/*.jsonl --out report/index.html
 echo "Open report/index.html in a browser."
