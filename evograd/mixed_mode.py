@@ -85,8 +85,9 @@ class PlainNormalization(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         plain = _PLAIN.get(function)
-        if plain and any(_in_a_graph(value) for value in (*args, *kwargs.values())):
-            result = plain(*args, **kwargs)
+        if plain:
+            in_a_graph = any(_in_a_graph(value) for value in (*args, *kwargs.values()))
+            result = plain(_written_out if in_a_graph else _Lean.apply, *args, **kwargs)
             if result is not None:
                 return result
         return function(*args, **kwargs)
@@ -99,22 +100,22 @@ def _in_a_graph(value) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(formula, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if not training and running_mean is not None:
         return None  # statistics that are constants: PyTorch's own formula is right
-    return _normalized(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
+    return formula(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
 
 
 def _instance_norm(
-    x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+    formula, x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
     if not use_input_stats:
         return None
-    return _normalized(x, list(range(2, x.ndim)), eps, *(_by_channel(p, x) for p in (weight, bias)))
+    return formula(x, list(range(2, x.ndim)), eps, *(_by_channel(p, x) for p in (weight, bias)))
 
 
-def _layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    return _normalized(x, list(range(-len(normalized_shape), 0)), eps, weight, bias)
+def _layer_norm(formula, x, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return formula(x, list(range(-len(normalized_shape), 0)), eps, weight, bias)
 
 
 _PLAIN = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.layer_norm: _layer_norm}
@@ -124,14 +125,47 @@ def _by_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.view(1, -1, *[1] * (x.ndim - 2))
 
 
-def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x − mean) / √(var + eps) · weight + bias, as x · scale + shift where possible: of x's size, only x is kept."""
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    scale = (var + eps).rsqrt()
-    shift = -mean * scale
+def _written_out(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias. Of x's size, autograd keeps x − mean and its tangent, and nothing else."""
+    centred = x - x.mean(dims, keepdim=True)
+    scale = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
     if weight is not None and weight.shape[0] == 1:  # one number a channel; a layer's are of x's own size
-        scale, shift, weight = scale * weight, shift * weight, None
-    y = x * scale + shift
+        scale, weight = scale * weight, None
+    y = centred * scale
     if weight is not None:
         y = y * weight
     return y if bias is None else y + bias
+
+
+class _Lean(torch.autograd.Function):
+    """The same where no graph to λ passes: forward mode alone, with one tensor of x's size beside values and tangents.
+
+    PyTorch's own formula makes up to nine of them, and a network's first normalisation may be its largest tensor.
+    """
+
+    @staticmethod
+    def forward(x, dims, eps, weight, bias):
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        y = x.sub(mean).mul_((var + eps).rsqrt())
+        y = y if weight is None else y.mul_(weight)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.dims, ctx.eps, weight, _ = inputs
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx, x_t, _dims, _eps, weight_t, bias_t):
+        """With d = x − mean and s = 1/√(var + eps): (s (x' − mean') − s³ d ⟨d, x'⟩ / n) · weight + s d · weight' + bias'."""
+        x, weight = ctx.saved_tensors
+        var, mean = torch.var_mean(x, ctx.dims, correction=0, keepdim=True)
+        scale, centred = (var + ctx.eps).rsqrt(), x - mean
+        y_t = x_t * scale
+        y_t.addcmul_(centred, (centred * x_t).mean(ctx.dims, keepdim=True) * scale**3, value=-1)
+        y_t.sub_(x_t.mean(ctx.dims, keepdim=True) * scale)
+        if weight is not None:
+            y_t.mul_(weight)
+            if weight_t is not None:
+                y_t.addcmul_(centred.mul_(scale), weight_t)
+        return y_t if bias_t is None else y_t.add_(bias_t)

@@ -210,6 +210,7 @@ def test_bad_settings(method, settings, words):
         getattr(evograd.baselines, method)(*bilevel("mlp").args(), **settings)
 
 
+@pytest.mark.parametrize("place", ["before", "after", "first"])
 @pytest.mark.parametrize(
     "normalization",
     [
@@ -224,14 +225,19 @@ def test_bad_settings(method, settings, words):
     ],
     ids=str,
 )
-def test_mixed_mode_with_hyperparameters_before_a_normalization(normalization, float64):
-    """There PyTorch's own formulas, reverse over forward, are wrong without a word."""
-    model = nn.Sequential(nn.Linear(4, 6), copy.deepcopy(normalization).double(), nn.Tanh(), nn.Linear(6, 3))
-    scale = torch.rand(4, requires_grad=True)
-    x, y, x_val, y_val = torch.randn(9, 4), torch.randint(3, (9,)), torch.randn(9, 4), torch.randint(3, (9,))
+def test_mixed_mode_with_normalizations(normalization, place, float64):
+    """λ below the normalization, where PyTorch's own formulas, reverse over forward, are wrong without a word; above it; and
+    above one that is the network's first layer, whose input does not depend on θ."""
+    layers = [nn.Linear(4, 6), copy.deepcopy(normalization).double(), nn.Tanh(), nn.Linear(6, 3)]
+    model = nn.Sequential(*layers[place == "first" :])
+    n_in = 6 if place == "first" else 4
+    scale = torch.rand(n_in if place == "before" else 9, requires_grad=True)
+    x, y, x_val, y_val = torch.randn(9, n_in), torch.randint(3, (9,)), torch.randn(9, n_in), torch.randint(3, (9,))
 
     def train_loss(model):
-        return F.cross_entropy(model(x * scale), y)
+        if place == "before":
+            return F.cross_entropy(model(x * scale), y)
+        return (scale * F.cross_entropy(model(x), y, reduction="none")).mean()
 
     def val_loss(model):
         return F.cross_entropy(model(x_val), y_val)
