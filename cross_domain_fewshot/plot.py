@@ -45,7 +45,7 @@ def plot_accuracy(runs, path):
                     mean, half = (sum(m[key] for m in mine) / len(mine) for key in ("accuracy", "interval"))
                     place = x + 0.12 * (i - (len(methods) - 1) / 2)
                     axis.errorbar(place, mean, half, fmt="o", ms=4, lw=1.5, color=COLOUR[method], label=TITLES[method])
-        axis.set_xticks(range(len(domains)), domains)
+        axis.set_xticks(range(len(domains)), [domain.replace("_", "\n") for domain in domains])
         axis.set_xlim(-0.6, len(domains) - 0.4)
         axis.set_title(f"{n_shot}-shot", fontsize=10)
         axis.set_xlabel("held-out domain")
