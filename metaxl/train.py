@@ -102,6 +102,10 @@ def parse_args(argv=None):
             "--common-random-numbers given, but with --perturb head all candidates have the same features, drawn once; "
             "--perturb all reads it"
         )
+    if args.method == "finite_difference" and args.perturb == "head":
+        parser.error(
+            "--perturb head given, but finite_difference goes back twice through features that are there once; it accepts all"
+        )
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.sigma = args.sigma or SIGMA.get(args.method)
     args.inner_lr = args.inner_lr or (args.lr if args.method in ("second_order", "neumann") else INNER_LR.get(args.method))

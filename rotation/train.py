@@ -31,11 +31,11 @@ EPOCHS = {"digits": 20, "mnist": 5}  # of 7 and 312 steps
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η. With a given lookahead it is only the scale of the hypergradient, which Adam does not see; second_order takes the model's.
 INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "finite_difference": 0.1, "second_order": 1e-3, "neumann": 1e-3}
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr", "log_quality")
+CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
 READS = {
     "baseline": (),
-    "evograd": CANDIDATES,
-    "evograd_guided": CANDIDATES,
+    "evograd": (*CANDIDATES, "log_quality"),
+    "evograd_guided": (*CANDIDATES, "log_quality"),
     "mixed_mode": ("inner_lr", "log_quality"),
     "second_order": ("inner_lr", "inner_steps", "log_quality"),
     "finite_difference": ("inner_lr", "log_quality"),

@@ -63,6 +63,7 @@ CASES = {
         (["--head", "linear"], ["linear", "protonet"]),
     ],
     "metaxl": [
+        (["--method", "finite_difference", "--perturb", "head"], ["--perturb head given", "finite_difference", "accepts all"]),
         (["--method", "evolution"], ["'evolution'", "joint_training", "second_order"]),
         (["--data", "wiki"], ["'wiki'", "toy", "sentiment"]),
         (["--method", "joint_training", "--rtn-lr", "1"], ["--rtn-lr given", "joint_training does not read it", "evograd"]),
