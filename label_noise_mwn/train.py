@@ -153,7 +153,7 @@ class Trainer:
         x, y = self.batch(self.task.train, next(self.train_batches), self.random)
         meta_turn = self.estimator is not None and self.n_steps % args.meta_every == 0
         log_quality = args.log_quality and self.n_steps % args.log_quality == 0
-        if meta_turn or log_quality:
+        if self.estimator is not None:  # in every step, so that neither --meta-every nor --log-quality changes who comes next
             x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
         # The paper's order is the weight net first. With weight_input "model" the model comes first: its step has the losses
         # that the weight net needs, and shows where θ goes.

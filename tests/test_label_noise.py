@@ -265,6 +265,12 @@ def test_quality_of_estimates():
         torch.manual_seed(3)
         losses.append([learner.step().item() for _ in range(3)])
     assert losses[0] == losses[1]
+    seldom = [trainer("evograd", "--meta-every", "2", *log) for log in ((), ("--log-quality", "1"))]
+    for learner in seldom:  # logging in steps without a meta-update takes no batch from those with one
+        torch.manual_seed(3)
+        [learner.step() for _ in range(5)]
+    for one, other in zip(*(learner.weight_net.parameters() for learner in seldom)):
+        assert torch.equal(one, other)
     assert [entry["step"] for entry in logged.quality.entries] == [0, 2]
     for entry in logged.quality.entries:
         assert entry["mixed_sgd"]["cosine"] > 0.999
