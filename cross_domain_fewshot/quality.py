@@ -44,7 +44,8 @@ def main(argv=None):
         config = state["config"]
         if config["method"] == "none":
             raise ValueError(f"{args.checkpoint} is of method 'none': it has no transformations")
-        settings = argparse.Namespace(**{**config, "device": args.device, "data_dir": args.data_dir, "log_quality": None})
+        here = {"device": args.device, "data_dir": args.data_dir, "log_quality": None, "share": None}
+        settings = argparse.Namespace(**{**config, **here})
         trainer = Trainer(settings, state["n_classes"])
         trainer.model.load_state_dict(state["model"])
         domains = [load_domain(config["data"], args.data_dir, name, "base", config["image_size"]) for name in config["seen"]]

@@ -3,6 +3,7 @@
     python -m cross_domain_fewshot.train --method evograd --held-out serif            glyphs, minutes on a CPU
     python -m cross_domain_fewshot.train --method evograd --data filelists --data-dir DIR --held-out cub --n-shot 5 \\
         --encoder FILE.pt                                                             the paper's
+    torchrun --nproc-per-node 4 -m cross_domain_fewshot.train ...                     the same in four processes
 
 Each epoch draws two of the seen domains. A step is the model's update on an episode of the pseudo-seen one, with
 transformations, and then that of the transformations' γ and β, by the hypergradient of the loss on an episode of the
@@ -15,9 +16,8 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from evograd import checkpoints, cli
+from evograd import checkpoints, cli, distributed
 from evograd.quality import QualityLog, estimates
 from evograd.records import check_writable, seed_everything
 
@@ -39,7 +39,7 @@ CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "
 READS = {
     "none": (),
     "fixed": (),
-    "evograd": CANDIDATES,
+    "evograd": (*CANDIDATES, "share"),
     "evograd_guided": CANDIDATES,
     "mixed_mode": ("inner_lr", "transform_lr", "log_quality"),
     "second_order": ("inner_lr", "inner_steps", "transform_lr", "log_quality"),
@@ -91,6 +91,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     cli.refuse_unread(parser, args, READS)
     fill_defaults(args)
+    cli.check_processes(parser, args, {"--n-query": args.n_query, "--auxiliary-batch": args.auxiliary_batch})
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
     args.seen = args.seen or [d for d in (GLYPH_FONTS if args.data == "glyphs" else PAPER_DOMAINS) if d != args.held_out]
@@ -129,9 +130,9 @@ def new_model(config, n_classes):
 class Trainer:
     """Model, transformations, their optimizers and one step of each: what train, compare and quality need."""
 
-    def __init__(self, args, n_classes):
-        self.args = args
-        self.estimator = cli.estimators(args).get(args.method)  # none for the baselines
+    def __init__(self, args, n_classes, processes=distributed.ALONE):
+        self.args, self.processes = args, processes
+        self.estimator = cli.estimators(args, processes).get(args.method)  # none for the baselines
         self.model = new_model(vars(args), n_classes)
         if args.device.type != "cpu":  # Module.to cannot move fake tensors, not even nowhere
             self.model.to(args.device)
@@ -146,6 +147,7 @@ class Trainer:
             self.transform_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.transform_lr, weight_decay=1e-8)
         for p in self.hyperparameters:
             p.requires_grad_(False)
+        self.ordinary = processes.data_parallel(self.model, self.weights)  # the same parameters
         self.draws = random.Random(args.seed)  # seeds of the transformations' noise, one a step
         self.n_steps, self.quality = 0, QualityLog(args.seed)
 
@@ -168,7 +170,11 @@ class Trainer:
 
         seen, unseen: (n_way, n_shot + n_query, 3, size, size).  images, classes: those of the auxiliary loss.
         """
+        own_seen, own_unseen, images, classes = self.own(seen, unseen, images, classes)
+        if self.args.share == "batch":
+            seen, unseen = own_seen, own_unseen
         train_loss, val_loss = self.losses(seen, unseen)
+        own_loss, _ = self.losses(own_seen, own_unseen)
         draw = self.draws.getrandbits(62)
         before = {}
         log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
@@ -178,11 +184,12 @@ class Trainer:
         torch.manual_seed(draw)
         self.optimizer.zero_grad()
         with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.args.amp):
-            loss = train_loss(self.model)
+            loss = own_loss(self.ordinary)
             self.model.encoder.eval()  # the auxiliary loss sees no transformations, and leaves BatchNorm's statistics alone
-            total = loss + auxiliary_weight * F.cross_entropy(self.model(images), classes)
+            total = loss + auxiliary_weight * F.cross_entropy(self.ordinary(images), classes)
         total.backward()
         self.optimizer.step()
+        self.processes.average_buffers(self.model)
 
         if self.estimator is not None:
             self.optimizer.zero_grad()  # their memory is free for the candidates
@@ -202,7 +209,15 @@ class Trainer:
                 p.grad = gradient
             self.transform_optimizer.step()
         self.n_steps += 1
-        return loss.detach()
+        return self.processes.mean(loss.detach())
+
+    def own(self, seen, unseen, images, classes):
+        """Where torchrun started several processes: this one's queries, with the whole support, and its auxiliary images."""
+        if self.processes.size == 1:
+            return seen, unseen, images, classes
+        part, n_shot = self.processes.part, self.args.n_shot
+        queries = lambda episode: torch.cat([episode[:, :n_shot], part(episode[:, n_shot:], dim=1)], dim=1)
+        return queries(seen), queries(unseen) if unseen.numel() else unseen, part(images), part(classes)
 
     def estimates(self, train_loss, val_loss, theta=None):
         """The estimators that are compared with exact T1-T2, at `theta`: the parameters before the model's update, or now's."""
@@ -294,7 +309,12 @@ def softplus_means(model):
 
 def main(argv=None):
     args = parse_args(argv)
-    keeper = checkpoints.Keeper(args, "cross_domain_fewshot", recorded(args), run_name(args), keep=True)
+    with distributed.processes(args.device) as processes:
+        run(args, processes)
+
+
+def run(args, processes):
+    keeper = checkpoints.Keeper(args, "cross_domain_fewshot", recorded(args), processes, name=run_name(args), keep=True)
     with cli.exit_on_bad_input():
         check_writable(args.out)
         if keeper.done():
@@ -307,7 +327,7 @@ def main(argv=None):
             images.check(args.n_way, n_images)
         seed_everything(args.seed)
         n_classes = len(domains[0].classes)
-        trainer = Trainer(args, n_classes)
+        trainer = Trainer(args, n_classes, processes)
         if args.encoder:
             load_encoder(trainer.model, args)
     in_memory = cache_if_small([*domains, test], args.cache_gb)
@@ -332,7 +352,7 @@ def main(argv=None):
         "augmentations": generator.get_state(),
         "seconds": perf_counter() - start,
     }
-    progress = tqdm(total=n_steps, initial=keeper.step, desc=f"{run_name(args)}", unit="episode", mininterval=1)
+    progress = keeper.progress(n_steps, run_name(args), unit="episode")
     with keeper:
         batches = stream(steps, range(keeper.step, n_steps), n_workers, pin=args.device.type == "cuda")
         for step in keeper.steps(n_steps, state):

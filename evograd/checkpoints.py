@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from .distributed import ALONE, Processes
 from .problem import NotFinite
 from .records import append_run, find_run, plain, replacing
 
@@ -101,7 +102,7 @@ def outlive_signals(worker: int) -> None:
 class Keeper:
     """The checkpoint of one training run, and what is said where the run ends before its time.
 
-        keeper = Keeper(args, "rotation", config)
+        keeper = Keeper(args, "rotation", config, processes)
         if keeper.done():  # says so
             return
         found = keeper.resume()  # what `state` had returned, or {}: the run is at its beginning
@@ -114,13 +115,24 @@ class Keeper:
     after the last step, unless the run is too short for the first kind. It is removed when the result line is there, unless
     `keep` or --checkpoint asks for it. Losses and parameters are looked at before each, so it never holds a NaN.
 
+    Among several processes the first one writes, and all read the same file; they end a run after the same step.
+
     args: out, checkpoint, checkpoint_every, resume, skip_done and device of `cli.experiment_parser`.
     config: what the result line holds. A checkpoint of another one is refused.
     name: of the default file, to which a digest of the configuration is added.
     """
 
-    def __init__(self, args: argparse.Namespace, experiment: str, config: dict, name: str | None = None, keep: bool = False):
-        self.args, self.experiment, self.config = args, experiment, config
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        experiment: str,
+        config: dict,
+        processes: Processes = ALONE,
+        *,
+        name: str | None = None,
+        keep: bool = False,
+    ):
+        self.args, self.experiment, self.config, self.processes = args, experiment, config, processes
         self.keep = keep or args.checkpoint is not None
         # What no record holds but a run cannot change on its way.
         self.settings = plain({**config, "log_quality": getattr(args, "log_quality", None)})
@@ -138,14 +150,15 @@ class Keeper:
         run = find_run(self.args.out, self.experiment, self.config)
         if run is not None:
             print(f"{self.args.out} has the result of this run, of {run['environment'].get('time')}: nothing to do")
-        return run is not None
+        return self.processes.all(run is not None)[0]
 
     def resume(self) -> dict:
         """The checkpoint that --resume goes on from, or {}. ValueError or OSError if there is one that does not fit.
 
         It is emptied when the first step starts, so that no second copy of the model stays in memory.
         """
-        check_writable(self.path)
+        if self.processes.rank == 0:
+            check_writable(self.path)
         self.found = {}
         there = self.path.is_file()
         if self.args.resume and there:
@@ -157,13 +170,17 @@ class Keeper:
                     f"--resume: {error}. Without --resume the run starts from the beginning and writes over it"
                 ) from error
             self.step = self.saved = self.found["step"]
-            for leftover in self.path.parent.glob(f"{self.path.name}.tmp*"):  # of a process that was killed while writing
-                leftover.unlink(missing_ok=True)
+            if self.processes.rank == 0:
+                for leftover in self.path.parent.glob(f"{self.path.name}.tmp*"):  # of a process that was killed while writing
+                    leftover.unlink(missing_ok=True)
             print(f"going on after step {self.step}, from {self.path}")
         elif self.args.resume:
             print(f"no checkpoint {self.path}: starting from the beginning")
         elif there:
             print(f"starting from the beginning; --resume would go on from {self.path}")
+        steps = self.processes.all(self.step)
+        if len(set(steps)) > 1:
+            raise ValueError(f"{self.path}: the processes see different files, of steps {steps}; they need a folder in common")
         return self.found
 
     def _check(self, found: dict) -> None:
@@ -212,12 +229,23 @@ class Keeper:
             self.step = step + 1
             if self.step % every == 0 or (self.step == n_steps and (self.keep or n_steps > every)):
                 self._save(state())
-            if self.signal:
+            asked = self.processes.largest(self.signal or 0)
+            if asked:
+                self.signal = asked
                 if self.saved != self.step:
                     self._save(state())
+                if self.processes.rank:
+                    raise SystemExit(128 + asked)
                 stopped = f"stopped by {self._name()} after step {self.step} of {n_steps}"
                 self._end(128 + self.signal, f"{stopped}. {self._where('last')}")
         self._look_for_nan(state())
+
+    def progress(self, n_steps: int, what: str, unit: str = "step"):
+        """A progress bar over all steps, shown by the first process."""
+        from tqdm import tqdm  # here, so that the package itself does not need it
+
+        others = {"disable": True} if self.processes.rank else {}
+        return tqdm(total=n_steps, initial=self.step, desc=what, unit=unit, mininterval=1, **others)
 
     def mean(self, losses: list[Tensor]) -> float:
         """The mean of the training losses of the last steps, this one's last, read from the device. A NaN ends the run."""
@@ -231,6 +259,8 @@ class Keeper:
 
     def record(self, metrics: dict, cost: dict) -> None:
         """Append the result line to --out. The checkpoint has done its work."""
+        if self.processes.rank:
+            return
         try:
             append_run(self.args.out, self.experiment, self.config, metrics, cost, self.args.device)
         except OSError as error:
@@ -242,11 +272,12 @@ class Keeper:
 
     def _save(self, state: dict) -> None:
         self._look_for_nan(state)
-        head = {"experiment": self.experiment, "config": plain(self.config), "settings": self.settings, "step": self.step}
-        try:
-            save(self.path, {**head, "random": random_states(), **state})
-        except OSError as error:
-            self._end(1, f"after step {self.step}: {error}. {self._where('last')}")
+        if self.processes.rank == 0:
+            head = {"experiment": self.experiment, "config": plain(self.config), "settings": self.settings, "step": self.step}
+            try:
+                save(self.path, {**head, "random": random_states(), **state})
+            except OSError as error:
+                self._end(1, f"after step {self.step}: {error}. {self._where('last')}")
         self.saved = self.step
 
     def _look_for_nan(self, state: dict) -> None:

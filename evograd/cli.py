@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
+from .distributed import ALONE, SHARES, Processes, world_size
 from .hypergradient import hypergradient
 from .measuring import Cost, by_architecture
 from .mixed_mode import mixed_mode
+from .problem import Hypergradient
 from .records import append_run, check_writable, environment, write_text
 
 ESTIMATORS = (
@@ -103,10 +107,43 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="SGD steps of second_order (default 1), terms of neumann, iterations of conjugate_gradient (default 5)",
     )
+    group.add_argument(
+        "--share",
+        choices=SHARES,
+        help="what torchrun's processes divide in evograd's meta-step; default: batch, the faster one",
+    )
 
 
-def estimators(args: argparse.Namespace) -> dict[str, Callable]:
-    """The methods that learn hyperparameters: functions of (train_loss, val_loss, model, hyperparameters)."""
+def check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace, divided: Mapping[str, int]) -> None:
+    """args.processes and args.share of a run under torchrun; None without it.
+
+    divided: {flag: number} of what each process has its part of. It ends with an error where the parts would not be equal.
+    """
+    n = world_size()
+    args.processes = n if n > 1 else None
+    if n == 1:
+        if args.share:
+            parser.error(f"--share {args.share} given, but this is the only process; torchrun --nproc-per-node N starts more")
+        return
+    for flag, number in divided.items():
+        if number % n:
+            parser.error(f"{flag} {number} cannot be divided equally among {n} processes; a multiple of {n} is accepted")
+    if args.log_quality:
+        parser.error(f"--log-quality given, but it compares estimates of one process, and there are {n}")
+    if args.method == "evograd":
+        args.share = args.share or "batch"
+        if args.share == "candidates" and args.n_candidates < n:
+            parser.error(f"--n-candidates {args.n_candidates} cannot be shared out among {n} processes; give at least {n}")
+    elif args.method == "evograd_guided" and args.n_candidates >= n:
+        args.share = "candidates"
+
+
+def estimators(args: argparse.Namespace, processes: Processes = ALONE) -> dict[str, Callable]:
+    """The methods that learn hyperparameters: functions of (train_loss, val_loss, model, hyperparameters).
+
+    Among several processes those that args.share is set for share out their work, and the others do all of it in each, on the
+    whole batch.
+    """
     candidates = dict(
         n_candidates=args.n_candidates,
         sigma=args.sigma,
@@ -114,7 +151,9 @@ def estimators(args: argparse.Namespace) -> dict[str, Callable]:
         common_random_numbers=args.common_random_numbers,
         inner_lr=args.inner_lr,
     )
-    return {
+    if args.share:
+        candidates |= dict(group=processes.group, share=args.share)
+    every = {
         "evograd": partial(hypergradient, **candidates),
         "evograd_guided": partial(hypergradient, noise="guided", **candidates),
         "mixed_mode": partial(mixed_mode, inner_lr=args.inner_lr),
@@ -123,6 +162,15 @@ def estimators(args: argparse.Namespace) -> dict[str, Callable]:
         "neumann": partial(neumann, inner_lr=args.inner_lr, n_terms=args.inner_steps or 5),
         "conjugate_gradient": partial(conjugate_gradient, n_iterations=args.inner_steps or 5, damping=DAMPING),
     }
+    if processes.size > 1 and not args.share:
+        return {name: partial(_in_each, estimator, processes) for name, estimator in every.items()}
+    return every
+
+
+def _in_each(estimator: Callable, processes: Processes, *problem, **settings) -> Hypergradient:
+    """The mean over the processes: devices differ in the last bit, and λ must not drift apart."""
+    result = estimator(*problem, **settings)
+    return replace(result, grads=[processes.mean(g) for g in result.grads])
 
 
 def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, reads: dict[str, tuple[str, ...]]) -> None:
@@ -205,12 +253,14 @@ def device(text: str) -> torch.device:
         value = None
     if value is None or value.type not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r} given; cpu, cuda and cuda:N are accepted")
-    if value.type == "cuda" and (value.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} given, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere"
-        )
     if value.type == "cuda":
-        torch.cuda.set_device(value)  # so that what is measured is measured there
+        index = int(os.environ.get("LOCAL_RANK", 0)) if value.index is None else value.index  # torchrun: one device a process
+        if index >= torch.cuda.device_count():
+            of = f" for process {index}" if value.index is None and index else ""
+            raise argparse.ArgumentTypeError(
+                f"{text!r} given{of}, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere"
+            )
+        torch.cuda.set_device(index)  # so that what is measured is measured there
         torch.backends.cudnn.allow_tf32 = False  # candidates differ in loss by less than TF32 resolves
     return value
 

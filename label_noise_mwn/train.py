@@ -4,6 +4,7 @@
     python -m label_noise_mwn.train --method evograd --data cifar10 --data-dir DIR      the paper's
     python -m label_noise_mwn.train --method evograd --data FILE.npz                    arrays x_train, y_train, x_test, y_test,
                                                                                         and y_noisy for --noise given
+    torchrun --nproc-per-node 4 -m label_noise_mwn.train ...                            the same in four processes
 
 Meta-Weight-Net (Shu et al., NeurIPS 2019): the training loss is a weighted mean over the batch, with weights from a net of one
 hidden layer whose input is the sample's loss. Its parameters are the hyperparameters λ; the validation loss of the bilevel
@@ -20,9 +21,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
-from tqdm import tqdm
 
-from evograd import checkpoints, cli
+from evograd import checkpoints, cli, distributed
 from evograd.data import batches
 from evograd.measuring import measure
 from evograd.quality import QualityLog, estimates
@@ -51,7 +51,7 @@ META = ("meta_every", "meta_optimizer", "meta_lr", "normalize_weights", "log_qua
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "weight_input", "inner_lr")
 READS = {
     "cross_entropy": (),
-    "evograd": META + CANDIDATES,
+    "evograd": (*META, *CANDIDATES, "share"),
     "evograd_guided": META + CANDIDATES,
     "mixed_mode": (*META, "inner_lr"),
     "second_order": (*META, "inner_lr", "inner_steps"),
@@ -92,6 +92,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     cli.refuse_unread(parser, args, READS)
+    cli.check_processes(parser, args, {"--batch-size": args.batch_size})
     if args.noise == "given" and args.noise_level is not None:
         parser.error("--noise-level given, but with --noise given the labels are noisy already")
     if args.noise != "given" and args.noise_level is None:
@@ -113,16 +114,18 @@ def data_name(args):
 class Trainer:
     """Model, weight net, their optimizers and one step of each: what train and compare both need."""
 
-    def __init__(self, args, task):
-        self.args, self.task = args, task
-        self.estimator = cli.estimators(args).get(args.method)  # none for cross_entropy
+    def __init__(self, args, task, processes=distributed.ALONE):
+        self.args, self.task, self.processes = args, task, processes
+        self.estimator = cli.estimators(args, processes).get(args.method)  # none for cross_entropy
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
         with args.device:
             self.model = MODELS[args.model](task.n_classes, task.train.images.shape[1])
             self.weight_net = weight_net()  # for every method, so that all have the same random numbers from here on
         if args.channels_last:
             self.model = self.model.to(memory_format=self.format)
-        self.ordinary = torch.compile(self.model) if args.compile else self.model  # the same parameters
+        self.ordinary = processes.data_parallel(self.model, self.model.parameters())  # the same parameters
+        if args.compile:
+            self.ordinary = torch.compile(self.ordinary)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=args.lr, **MOMENTUM)
         if args.meta_optimizer == "sgd":
             self.meta_optimizer = torch.optim.SGD(self.weight_net.parameters(), lr=args.meta_lr, **MOMENTUM)
@@ -139,13 +142,15 @@ class Trainer:
         images = self.task.augmented(split.images[index], self.args.crop_padding, self.args.flip, generator)
         return images.contiguous(memory_format=self.format), split.labels[index]
 
-    def weighted_mean(self, losses, inputs):
-        """Σ v_i ℓ_i / Σ v_i over the batch, with weights v of the weight net at `inputs`, losses that are held constant."""
+    def weighted_mean(self, losses, inputs, total=torch.sum):
+        """Σ v_i ℓ_i / Σ v_i over the batch, with weights v of the weight net at `inputs`, losses that are held constant.
+
+        total: of the weights, where these losses are those of a part of the batch.
+        """
         if self.estimator is None:
             return losses.mean()
         weights = self.weight_net(inputs.detach().unsqueeze(1)).squeeze(1)
-        total = weights.sum().clamp_min(1e-8) if self.args.normalize_weights else len(losses)
-        return (weights * losses).sum() / total
+        return (weights * losses).sum() / (total(weights).clamp_min(1e-8) if self.args.normalize_weights else len(losses))
 
     def step(self):
         """One update of the weight net (if it is its turn) and one of the model. Returns the training loss."""
@@ -155,6 +160,9 @@ class Trainer:
         log_quality = args.log_quality and self.n_steps % args.log_quality == 0
         if self.estimator is not None:  # in every step, so that neither --meta-every nor --log-quality changes who comes next
             x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
+        own_x, own_y = self.processes.part(x), self.processes.part(y)  # where torchrun started several processes
+        if args.share == "batch":  # weights are then divided by their sum in the process's part
+            x, y, x_meta, y_meta = own_x, own_y, self.processes.part(x_meta), self.processes.part(y_meta)
         # The paper's order is the weight net first. With weight_input "model" the model comes first: its step has the losses
         # that the weight net needs, and shows where θ goes.
         known_losses = args.weight_input == "model" and args.method in ("evograd", *LOOKAHEAD)
@@ -174,23 +182,24 @@ class Trainer:
             before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.optimizer.zero_grad()
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            logits = self.ordinary(x)
-        losses = F.cross_entropy(logits.float(), y, reduction="none")
-        loss = self.weighted_mean(losses, losses)
+            logits = self.ordinary(own_x)
+        losses = F.cross_entropy(logits.float(), own_y, reduction="none")
+        loss = self.weighted_mean(losses, losses, lambda weights: self.processes.mean(weights.sum()))
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
+        self.processes.average_buffers(self.model)
 
         if log_quality:
             self.log_quality(train_loss, val_loss, before, losses.detach())
         if model_first:
-            known = losses.detach()
+            known = losses.detach() if args.share == "batch" else self.processes.whole(losses.detach())
             closure = (lambda model: train_loss(model, known)) if known_losses else train_loss
             around = {"parameters": before}
             if args.method in LOOKAHEAD:
                 around["lookahead"] = dict(self.model.named_parameters())
             self.meta_step(closure, val_loss, **around)
         self.n_steps += 1
-        return loss.detach()
+        return self.processes.mean(loss.detach())
 
     def meta_step(self, train_loss, val_loss, **around):
         """The weight net's update. EvoGrad as in the paper has its own scale; T1-T2 looks ahead by the model's current rate."""
@@ -268,7 +277,12 @@ def describe_weights(net, losses, noisy):
 
 def main(argv=None):
     args = parse_args(argv)
-    keeper = checkpoints.Keeper(args, "label_noise_mwn", {**cli.config_of(args), "data": data_name(args)})
+    with distributed.processes(args.device) as processes:
+        run(args, processes)
+
+
+def run(args, processes):
+    keeper = checkpoints.Keeper(args, "label_noise_mwn", {**cli.config_of(args), "data": data_name(args)}, processes)
     with cli.exit_on_bad_input():
         check_writable(args.out)
         if keeper.done():
@@ -279,7 +293,7 @@ def main(argv=None):
             source, args.noise, args.noise_level, args.meta_images, args.val_images, args.train_images, args.seed, args.device
         )
     seed_everything(args.seed)
-    trainer = Trainer(args, task)
+    trainer = Trainer(args, task, processes)
     scheduler = MultiStepLR(trainer.optimizer, [round(args.epochs * 2 / 3), round(args.epochs * 5 / 6)])
 
     steps_an_epoch = max(1, len(task.train) // args.batch_size)
@@ -302,7 +316,7 @@ def main(argv=None):
         "losses": losses,
         "seconds": perf_counter() - start,
     }
-    progress = tqdm(total=args.epochs * steps_an_epoch, initial=keeper.step, desc=label, unit="step", mininterval=1)
+    progress = keeper.progress(args.epochs * steps_an_epoch, label)
     with keeper:
         for step in keeper.steps(args.epochs * steps_an_epoch, state):
             losses.append(trainer.step())

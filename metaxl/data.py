@@ -216,6 +216,7 @@ class Batch:
     input_ids: (n, length), int64.  attention_mask: likewise, or None where nothing is padded.
     positions: (w,), where in the flattened (n · length) the w labelled sub-words are.  labels: (w,), int64.
     counts: how many of these each sentence has.
+    share: of a mean over a whole batch's labels that of this part is.
     """
 
     input_ids: Tensor
@@ -223,6 +224,7 @@ class Batch:
     positions: Tensor
     labels: Tensor
     counts: list[int]
+    share: float = 1.0
 
     def split(self, n: int) -> list[Batch]:
         """At most n batches of about as many sentences each."""
@@ -232,7 +234,8 @@ class Batch:
             words = slice(sum(self.counts[:a]), sum(self.counts[:b]))
             mask = None if self.attention_mask is None else self.attention_mask[a:b]
             positions = self.positions[words] - a * length
-            parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], self.counts[a:b]))
+            share = self.share * len(positions) / len(self.positions)
+            parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], self.counts[a:b], share))
         return parts
 
 

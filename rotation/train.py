@@ -2,6 +2,7 @@
 
     python -m rotation.train --method evograd                                          embedded digits, half a minute on a CPU
     python -m rotation.train --method evograd --data mnist --data-dir DIR --seed 1     the paper's
+    torchrun --nproc-per-node 4 -m rotation.train ...                                  the same in four processes
 
 Training images are upright, validation and test images are rotated by 30 degrees. One learnable angle, at first 0, rotates
 the training images, and is learned by hypergradients of the validation loss. The record of the run (accuracy on the rotated
@@ -13,9 +14,8 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from evograd import checkpoints, cli
+from evograd import checkpoints, cli, distributed
 from evograd.data import batches
 from evograd.measuring import measure
 from evograd.quality import QualityLog, estimates
@@ -34,7 +34,7 @@ INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "finite_difference": 0.1, 
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
 READS = {
     "baseline": (),
-    "evograd": (*CANDIDATES, "log_quality"),
+    "evograd": (*CANDIDATES, "share", "log_quality"),
     "evograd_guided": (*CANDIDATES, "log_quality"),
     "mixed_mode": ("inner_lr", "log_quality"),
     "second_order": ("inner_lr", "inner_steps", "log_quality"),
@@ -57,6 +57,7 @@ def parse_args(argv=None):
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
     cli.refuse_unread(parser, args, READS)
+    cli.check_processes(parser, args, {"--batch-size": args.batch_size})
     args.epochs = args.epochs or EPOCHS[args.data]
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
@@ -67,11 +68,12 @@ def parse_args(argv=None):
 class Trainer:
     """Model, angle, their optimizers and one step of each: what train and compare both need."""
 
-    def __init__(self, args, train, val):
-        self.args, self.train = args, train
+    def __init__(self, args, train, val, processes=distributed.ALONE):
+        self.args, self.train, self.processes = args, train, processes
         self.x_val, self.y_val = rotated(val, TRUE_ANGLE)
-        self.estimator = cli.estimators(args).get(args.method)  # none for the baseline
+        self.estimator = cli.estimators(args, processes).get(args.method)  # none for the baseline
         self.model = lenet().to(args.device)
+        self.ordinary = processes.data_parallel(self.model, self.model.parameters())  # the same parameters
         self.angle = torch.zeros((), device=args.device, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
         self.angle_optimizer = torch.optim.Adam([self.angle], lr=args.angle_lr)
@@ -84,8 +86,11 @@ class Trainer:
         """The model's update on rotated training images, then the angle's. Returns the training loss."""
         x, y = self.train.batch(next(self.train_batches))
         val_index = next(self.val_batches).to(y.device)
+        own_x, own_y = self.processes.part(x), self.processes.part(y)  # where torchrun started several processes
+        if self.args.share == "batch":
+            x, y, val_index = own_x, own_y, self.processes.part(val_index)
 
-        def train_loss(model):
+        def train_loss(model, x=x, y=y):
             return F.cross_entropy(model(normalize(x if self.estimator is None else rotate(x, self.angle))), y)
 
         def val_loss(model):
@@ -99,7 +104,7 @@ class Trainer:
             around = {"parameters": before, "lookahead": made}
 
         self.optimizer.zero_grad()
-        loss = train_loss(self.model)
+        loss = train_loss(self.ordinary, own_x, own_y)
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
         if log_quality:
@@ -111,7 +116,7 @@ class Trainer:
             self.angle.grad = result.grads[0]
             self.angle_optimizer.step()
         self.n_steps += 1
-        return loss.detach()
+        return self.processes.mean(loss.detach())
 
     PARTS = ("model", "optimizer", "angle_optimizer", "train_batches", "val_batches", "quality")
 
@@ -142,7 +147,12 @@ def accuracy(model, images, labels):
 
 def main(argv=None):
     args = parse_args(argv)
-    keeper = checkpoints.Keeper(args, "rotation", cli.config_of(args))
+    with distributed.processes(args.device) as processes:
+        run(args, processes)
+
+
+def run(args, processes):
+    keeper = checkpoints.Keeper(args, "rotation", cli.config_of(args), processes)
     with cli.exit_on_bad_input():
         check_writable(args.out)
         if keeper.done():
@@ -152,7 +162,7 @@ def main(argv=None):
             download_mnist(args.data_dir)
         train, val, test = load(args.data, args.data_dir, args.device)
     seed_everything(args.seed)
-    trainer = Trainer(args, train, val)
+    trainer = Trainer(args, train, val, processes)
 
     steps_an_epoch = max(1, len(train) // args.batch_size)
     n_steps = args.epochs * steps_an_epoch
@@ -168,7 +178,7 @@ def main(argv=None):
         "seconds": perf_counter() - start,
     }
     label = f"rotation {args.data} {args.method} seed {args.seed}"
-    progress = tqdm(total=n_steps, initial=keeper.step, desc=label, unit="step", mininterval=1)
+    progress = keeper.progress(n_steps, label)
     with keeper:
         for step in keeper.steps(n_steps, state):
             losses.append(trainer.step())

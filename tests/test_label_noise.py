@@ -239,7 +239,7 @@ def test_weight_input_of_the_model_is_the_same_for_all_candidates(monkeypatch):
         calls = hypergradient_calls(learner, monkeypatch)
         seen = []
         weighted_mean = learner.weighted_mean
-        learner.weighted_mean = lambda losses, inputs: (seen.append(inputs.detach()), weighted_mean(losses, inputs))[1]
+        learner.weighted_mean = lambda losses, inputs, *total: (seen.append(inputs.detach()), weighted_mean(losses, inputs))[1]
         learner.step()
         seen.clear()
         closure = calls[0]["train_loss"]
