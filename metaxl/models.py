@@ -16,9 +16,9 @@ TINY_LENGTH = 128  # sub-words that the tiny encoder takes
 
 
 class RTN(nn.Module):
-    """x -> x + scale · sigmoid(g) ⊙ h, where (h, g) = Linear(ReLU(Linear(x))) and x is detached on the way in.
+    """x -> x + scale · sigmoid(g) ⊙ h, where (h, g) = Linear(ReLU(Linear(z))), and z, x detached, is `seen` of it.
 
-    x: (…, d).  g: (…, 1), the gate.  h: (…, d).
+    x, z: (…, d).  g: (…, 1), the gate.  h: (…, d).
     """
 
     def __init__(self, d: int):
@@ -28,18 +28,29 @@ class RTN(nn.Module):
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        h, g = self.outer(F.relu(self.inner(x.detach()))).split([x.shape[-1], 1], dim=-1)
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0, seen: Tensor | None = None) -> Tensor:
+        z = x.detach() if seen is None else seen
+        h, g = self.outer(F.relu(self.inner(z))).split([x.shape[-1], 1], dim=-1)
         return x + scale * torch.sigmoid(g) * h
 
 
 class Switch:
-    """What the RTNs inside of the encoder multiply by in this forward pass; None: they are passed by.
+    """What the RTNs do in this forward pass: none of them is a module's own, so that copies of the model (functional_call,
+    higher) share it.
 
-    No module, so that copies of the model (functional_call, higher) share it.
+    scales: what they multiply by; None: they are passed by.
+    held: what they see in place of the states that reach them.  record: a list that gets what they see.
     """
 
     scales: Sequence[Tensor | float] | None = None
+    held: Sequence[Tensor] | None = None
+    record: list[Tensor] | None = None
+
+    def pass_rtn(self, rtn: RTN, index: int, x: Tensor) -> Tensor:
+        seen = x.detach() if self.held is None else self.held[index]
+        if self.record is not None:
+            self.record.append(seen)
+        return rtn(x, self.scales[index], seen)
 
 
 class Transformed(nn.Module):
@@ -54,7 +65,7 @@ class Transformed(nn.Module):
         if self.switch.scales is None:
             return output
         hidden, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        hidden = self.rtn(hidden, self.switch.scales[self.index])
+        hidden = self.switch.pass_rtn(self.rtn, self.index, hidden)
         return hidden if rest is None else (hidden, *rest)
 
 
@@ -101,17 +112,18 @@ class Tagger(nn.Module):
         hyper = {id(p) for p in self.hyperparameters()}
         return [p for p in self.parameters() if id(p) not in hyper]
 
-    def features(self, batch: Batch, transform: bool = False) -> Tensor:
-        """(w, d), dropout included, at the labelled sub-words."""
-        scales = ([1.0] if self.alpha is None else list(self.alpha.softmax(0))) if transform else None
-        self.switch.scales = scales
+    def features(self, batch: Batch, transform: bool = False, held=None, record=None) -> Tensor:
+        """(w, d), dropout included, at the labelled sub-words.  held, record: see Switch."""
+        if transform:
+            self.switch.scales = [1.0] if self.alpha is None else list(self.alpha.softmax(0))
+            self.switch.held, self.switch.record = held, record
         try:
             hidden = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+            x = hidden.flatten(0, 1).index_select(0, batch.positions)
+            if transform and self.last_rtn is not None:
+                x = self.switch.pass_rtn(self.last_rtn, -1, x)
         finally:
-            self.switch.scales = None
-        x = hidden.flatten(0, 1).index_select(0, batch.positions)
-        if transform and self.last_rtn is not None:
-            x = self.last_rtn(x, scales[-1])
+            self.switch.scales = self.switch.held = self.switch.record = None
         return self.dropout(x)
 
     def cached_features(self, batch: Batch, transform: bool = False) -> Tensor:
@@ -125,8 +137,8 @@ class Tagger(nn.Module):
             for p in theta:
                 p.requires_grad_(True)
 
-    def forward(self, batch: Batch, transform: bool = False) -> Tensor:
-        return self.head(self.features(batch, transform))
+    def forward(self, batch: Batch, transform: bool = False, held=None, record=None) -> Tensor:
+        return self.head(self.features(batch, transform, held, record))
 
     @contextmanager
     def checkpointing(self, on: bool):

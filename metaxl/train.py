@@ -2,6 +2,7 @@
 
     python -m metaxl.train --method evograd                                       two generated languages, seconds on a CPU
     python -m metaxl.train --method evograd --data ner --data-dir DIR --target qu --encoder xlm-roberta-base       the paper's
+    torchrun --nproc-per-node 4 -m metaxl.train ...                               the same in four processes
 
 A tagger is trained on many sentences of a source language and a few of a target language. A representation transformation
 network (RTN) works on the source sentences; its parameters are hyperparameters, learned by hypergradients of the loss on the
@@ -13,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
-from evograd import checkpoints, cli, hypergradient
+from evograd import checkpoints, cli, distributed, hypergradient
 from evograd.data import batches
 from evograd.measuring import flops, peak_bytes
 from evograd.quality import QualityLog, estimates
@@ -38,21 +39,24 @@ TOY = dict(source="north", encoder="tiny", epochs=5, source_size=1000, max_lengt
 DEFAULTS = {"toy": TOY | {"target": "south"}, "ner": REAL | {"target": "qu"}, "sentiment": REAL | {"target": "fa"}}
 # Whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
 PERTURB = {method: "head" if method == "evograd" else "all" for method in cli.ESTIMATORS}
+# What RTNs see in the training loss of the candidates: what reaches them in each, or what did in the model, for all candidates.
+# No gradient passes there, so T1-T2 takes it as a constant; between candidates that see their own it is none.
+RTN_INPUT = {"evograd": "candidate", "evograd_guided": "model", "finite_difference": "model"}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η. Where the lookahead is given it is only the scale of the hypergradient; second_order takes the model's learning rate.
 INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "finite_difference": 0.1}
 SIGMA = {"evograd": 1e-3}
-RADIUS = 0.2  # of guided candidates: σ√P, whatever P is
+RADIUS = 0.02  # of guided candidates: σ√P, whatever P is
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
 RTN = ("perturb", "rtn_lr", "rtn_layers", "log_quality")
 READS = {
     "joint_training": (),
     "target_only": (),
-    "evograd": CANDIDATES + RTN,
-    "evograd_guided": CANDIDATES + RTN,
+    "evograd": (*CANDIDATES, *RTN, "rtn_input", "share"),
+    "evograd_guided": (*CANDIDATES, *RTN, "rtn_input"),
     "mixed_mode": ("inner_lr", *RTN),
     "second_order": ("inner_lr", "inner_steps", *RTN),
-    "finite_difference": ("inner_lr", *RTN),
+    "finite_difference": ("inner_lr", *RTN, "rtn_input"),
     "neumann": ("inner_lr", "inner_steps", *RTN),
     "conjugate_gradient": ("inner_steps", *RTN),
 }
@@ -87,10 +91,19 @@ def parse_args(argv=None):
         "--rtn-layers", type=cli.at_least(1), nargs="+", metavar="N", help="after these layers; default: the last"
     )
     group.add_argument("--perturb", choices=("head", "all"), help=f"parameters that the estimator works on; default: {PERTURB}")
+    group.add_argument(
+        "--rtn-input", choices=("candidate", "model"), help="whose states RTNs see, with --perturb all; default: by method"
+    )
     cli.add_evograd_arguments(parser)
     parser.set_defaults(sigma=None)
     args = parser.parse_args(argv)
     cli.refuse_unread(parser, args, READS)
+    cli.check_processes(parser, args, {})
+    smallest = args.batch_size // 2 if READS[args.method] else args.batch_size
+    if (args.processes or 1) > smallest:
+        parser.error(
+            f"--batch-size {args.batch_size} is too small for {args.processes} processes: each needs a sentence of every part"
+        )
     if args.download and args.data != "ner":
         parser.error(f"--download given, but it fetches WikiAnn, which --data {args.data} does not read")
     for name, value in DEFAULTS[args.data].items():
@@ -106,6 +119,12 @@ def parse_args(argv=None):
         parser.error(
             "--perturb head given, but finite_difference goes back twice through features that are there once; it accepts all"
         )
+    if args.rtn_input and args.perturb == "head":
+        parser.error(
+            f"--rtn-input {args.rtn_input} given, but with --perturb head no state below the RTNs moves; --perturb all reads it"
+        )
+    if args.perturb == "all":
+        args.rtn_input = args.rtn_input or RTN_INPUT.get(args.method)
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.sigma = args.sigma or SIGMA.get(args.method)
     args.inner_lr = args.inner_lr or (args.lr if args.method in ("second_order", "neumann") else INNER_LR.get(args.method))
@@ -125,8 +144,8 @@ class Step:
 class Trainer:
     """Tagger, its RTN, their optimizers and one step of each: what train and compare both need."""
 
-    def __init__(self, args, model, n_steps):
-        self.args, self.model = args, model
+    def __init__(self, args, model, n_steps, processes=distributed.ALONE):
+        self.args, self.model, self.processes = args, model, processes
         self.hyperparameters, theta = model.hyperparameters(), model.theta()
         self.perturbed = "head." if args.perturb == "head" else ""
         self.sigma = args.sigma
@@ -134,8 +153,9 @@ class Trainer:
             n_perturbed = sum(p.numel() for p in (model.head.parameters() if args.perturb == "head" else theta))
             self.sigma = RADIUS / n_perturbed**0.5
         # none for joint_training and target_only
-        self.estimator = cli.estimators(argparse.Namespace(**{**vars(args), "sigma": self.sigma})).get(args.method)
+        self.estimator = cli.estimators(argparse.Namespace(**{**vars(args), "sigma": self.sigma}), processes).get(args.method)
         self.theta = theta
+        self.ordinary = processes.data_parallel(model, theta)  # the same parameters
         self.n_steps, self.quality = 0, QualityLog(args.seed)
         self.optimizer = torch.optim.Adam(theta, lr=args.lr)
         warm_up = max(1, n_steps // 10)
@@ -157,14 +177,23 @@ class Trainer:
         log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
         everything = {name: p.detach().clone() for name, p in self._named("")} if log_quality else None
 
+        seen, record = [], None  # by the RTNs, on the source sentences
+        if self.args.rtn_input == "model" and self.processes.size > 1 and self.args.share != "batch":
+            seen = self.rtn_inputs(step.source)  # of all sentences: this process trains on a part of them
+        elif self.args.rtn_input == "model":
+            record = seen  # the training step's own pass shows it for nothing
+
         loss = torch.zeros((), device=step.target.labels.device)
-        for batch, transform in batches:
-            for part in batch.split(self.args.accumulate):
-                with self.model.checkpointing(self.args.gradient_checkpointing):
-                    with torch.autocast(part.labels.device.type, torch.bfloat16, enabled=self.args.amp):
-                        part_loss = cross_entropy(self.model(part, transform), part) * (len(part.labels) / len(batch.labels))
-                    part_loss.backward(inputs=self.theta)
-                loss += part_loss.detach()
+        self.processes.seed(self.args.seed, self.n_steps)  # of the dropout
+        own = [(self.own(batch), transform) for batch, transform in batches]  # where torchrun started several processes
+        parts = [(part, transform) for batch, transform in own for part in batch.split(self.args.accumulate)]
+        for i, (part, transform) in enumerate(parts, start=1):
+            checkpointing = self.model.checkpointing(self.args.gradient_checkpointing)
+            with self.processes.averaging(self.ordinary, last=i == len(parts)), checkpointing:
+                with torch.autocast(part.labels.device.type, torch.bfloat16, enabled=self.args.amp):
+                    part_loss = cross_entropy(self.ordinary(part, transform, record=record), part)
+                part_loss.backward(inputs=self.theta)
+            loss += part_loss.detach()
         torch.nn.utils.clip_grad_norm_(self.theta, 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -173,36 +202,65 @@ class Trainer:
         if log_quality:
             self.log_quality(step, everything)
         if self.estimator is not None:
-            for p, gradient in zip(self.hyperparameters, self.hypergradient(step, before).grads):
+            if self.args.share == "batch":
+                step = Step(*map(self.own, (step.source, step.target, step.val)))
+            self.processes.seed(self.args.seed, self.n_steps, alike=True)
+            held = self.whole_batch(seen) if self.args.rtn_input == "model" else None
+            for p, gradient in zip(self.hyperparameters, self.hypergradient(step, before, held).grads):
                 p.grad = gradient
             self.rtn_optimizer.step()
         self.n_steps += 1
-        return loss
+        return self.processes.mean(loss)
 
-    def hypergradient(self, step, before=None):
-        """dℓ_V/dλ, in float32. before: the perturbed parameters before the model's update, for a lookahead by it."""
+    def own(self, batch):
+        """This process's sentences; the mean over all processes of the losses on them is that on the whole batch."""
+        if self.processes.size == 1:
+            return batch
+        part = batch.split(self.processes.size)[self.processes.rank]
+        return replace(part, share=part.share * self.processes.size)
+
+    @torch.no_grad()
+    def rtn_inputs(self, batch):
+        """What each RTN sees on these sentences."""
+        seen = []
+        self.processes.seed(self.args.seed, self.n_steps, alike=True)
+        self.model(batch, transform=True, record=seen)
+        return seen
+
+    def whole_batch(self, seen):
+        """What each RTN has seen, part by part of the batch -> on the whole batch, in float32."""
+        n = len(self.model.rtn_layers)
+        return [torch.cat(seen[i::n]).float() for i in range(n)]
+
+    def hypergradient(self, step, before=None, held=None):
+        """dℓ_V/dλ, in float32.
+
+        before: the perturbed parameters before the model's update, for a lookahead by it.  held: what the RTNs see.
+        """
         around = {}
         if before is not None:
             around = {"parameters": before, "lookahead": dict(self._named(self.perturbed))}
+            if self.args.perturb == "head":
+                around = {key: {n.removeprefix("head."): p for n, p in tensors.items()} for key, tensors in around.items()}
+        if self.args.share:
+            around["generator"] = self.processes.generator(self.args.seed, self.n_steps)
         if self.args.perturb == "head":
             train_loss, val_loss = self.head_losses(step)
-            if before is not None:
-                around = {key: {n.removeprefix("head."): p for n, p in tensors.items()} for key, tensors in around.items()}
             if self.args.method in ("evograd", "evograd_guided"):
                 around["strategy"] = "retain"  # the candidates share the graph of x_source: one backward pass for all of them
             return self.estimator(train_loss, val_loss, self.model.head, self.hyperparameters, **around)
 
-        train_loss, val_loss = self.losses(step)
+        train_loss, val_loss = self.losses(step, held)
         # fused attention has neither a double backward nor formulas for forward mode
         plain = self.args.method in ("mixed_mode", *DOUBLE_BACKWARD)
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
             return self.estimator(train_loss, val_loss, self.model, self.hyperparameters, **around)
 
-    def losses(self, step):
-        """(ℓ_T, ℓ_V) as functions of the tagger."""
+    def losses(self, step, held=None):
+        """(ℓ_T, ℓ_V) as functions of the tagger.  held: what the RTNs see; None: what reaches them in that tagger."""
 
         def train_loss(model):
-            on_source = cross_entropy(model(step.source, transform=True), step.source)
+            on_source = cross_entropy(model(step.source, transform=True, held=held), step.source)
             return on_source + cross_entropy(model(step.target), step.target)
 
         def val_loss(model):
@@ -231,13 +289,20 @@ class Trainer:
     def log_quality(self, step, before):
         """Every estimate at the parameters `before` the model's update, beside T1-T2 over all of them.
 
-        …_head: EvoGrad perturbs the classifier alone, on cached features.
+        …_head: EvoGrad perturbs the classifier alone, on cached features. Guided candidates and finite differences have RTNs
+        that see what reaches them at `before`, or (…_candidate) their own states.
         """
         common = dict(inner_lr=self.args.lr, generator=self.quality.generator)
         made = dict(self._named(""))
         sigma = RADIUS / sum(p.numel() for p in self.theta) ** 0.5
         of = (self.model, self.hyperparameters)
-        chosen = estimates(*self.losses(step), *of, sigma=sigma, parameters=before, made=made, **common)
+        settings = dict(sigma=sigma, parameters=before, made=made, **common)
+        with torch.random.fork_rng(devices=[d for d in [step.source.labels.device] if d.type == "cuda"]), torch.no_grad():
+            held = []  # drawn as exact T1-T2 draws
+            functional_call(self.model, before, (step.source,), {"transform": True, "record": held})
+        own, with_held = (estimates(*self.losses(step, h), *of, **settings) for h in (None, held))
+        chosen = {n: with_held[n] if n.startswith(("guided", "finite")) else estimate for n, estimate in own.items()}
+        chosen |= {f"{name}_candidate": own[name] for name in ("guided_sgd", "guided_made")}
 
         head = {name.removeprefix("head."): p for name, p in before.items() if name.startswith("head.")}
 
@@ -267,8 +332,8 @@ class Trainer:
 
 
 def cross_entropy(scores, batch):
-    """The mean over the labelled words, in float32 at least."""
-    return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.labels)
+    """The mean over the labelled words, in float32 at least, times the batch's share."""
+    return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.labels) * batch.share
 
 
 class Steps:
@@ -388,7 +453,12 @@ def prepare(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    keeper = checkpoints.Keeper(args, "metaxl", {**cli.config_of(args), "encoder": encoder_name(args.encoder)})
+    with distributed.processes(args.device) as processes:
+        run(args, processes)
+
+
+def run(args, processes):
+    keeper = checkpoints.Keeper(args, "metaxl", {**cli.config_of(args), "encoder": encoder_name(args.encoder)}, processes)
     with cli.exit_on_bad_input():
         check_writable(args.out)
         if keeper.done():
@@ -400,7 +470,7 @@ def main(argv=None):
     if cut:
         print(f"{what}: sentences that are too long and are cut: {cut}. In dev and test the lost words count as O")
     steps_an_epoch = max(1, len(examples["source"]) // args.batch_size)
-    trainer = Trainer(args, model, args.epochs * steps_an_epoch)
+    trainer = Trainer(args, model, args.epochs * steps_an_epoch, processes)
     model.train()
     start_of_lambda = [p.detach().clone() for p in trainer.hyperparameters]
     data = Steps(args, examples["source"], examples["train"])
@@ -425,7 +495,7 @@ def main(argv=None):
         "seconds": seconds + perf_counter() - start,
         "epoch_losses": epoch_losses,
     }
-    progress = tqdm(total=args.epochs * steps_an_epoch, initial=keeper.step, desc=what, unit="step", mininterval=1)
+    progress = keeper.progress(args.epochs * steps_an_epoch, what)
     start = perf_counter()
     with keeper:
         for step in keeper.steps(args.epochs * steps_an_epoch, state):

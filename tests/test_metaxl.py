@@ -1,5 +1,6 @@
 """Cross-lingual learning: readers, labels on sub-words, the RTN, the meta-step, every method tiny, bad input."""
 
+import functools
 import json
 import sys
 import types
@@ -11,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 import evograd
+from evograd.quality import agreement
 from metaxl import compare, data, plot, train
 from metaxl.data import Batch, Examples, Sentence, toy_language
 from metaxl.models import RTN, Tagger, longest, tiny_encoder
@@ -170,6 +172,47 @@ def test_amp_is_for_the_model_s_update_alone():
     assert dtypes[:2] == [torch.bfloat16] * 2
     assert set(dtypes[2:]) == {torch.float32}
     assert len(dtypes) > 4
+
+
+@pytest.mark.parametrize("rtn_layers", [(2,), (1,), (1, 2)])
+@pytest.mark.parametrize("method", ["evograd_guided", "finite_difference"])
+def test_rtns_that_see_the_models_states_make_differences_of_candidates_t1_t2(method, rtn_layers, float64):
+    """No gradient passes an RTN's input; between candidates with their own inputs a difference is there all the same."""
+    extra = ["--n-candidates", "2", "--sigma", "1e-6"] if method == "evograd_guided" else []
+    t, s = trainer(method, "--inner-lr", "0.1", *extra, rtn_layers=rtn_layers), step()
+    if method == "finite_difference":
+        t.estimator = functools.partial(t.estimator, radius=1e-4)
+    exact = trainer("second_order", "--inner-lr", "0.1", rtn_layers=rtn_layers)
+    exact.model.load_state_dict(t.model.state_dict())
+    expected = exact.hypergradient(s).grads
+    held = t.rtn_inputs(s.source)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = {
+            name: t.estimator(*t.losses(s, h), t.model, t.hyperparameters, lookahead="sgd").grads
+            for name, h in {"model": held, "candidate": None}.items()
+        }
+    assert agreement(found["model"], expected)["cosine"] > 0.9999
+    assert agreement(found["model"], expected)["norm"] == pytest.approx(1, rel=1e-3)
+    assert agreement(found["candidate"], expected)["cosine"] < 0.999
+
+
+@pytest.mark.parametrize("rtn_layers", [(2,), (1,), (1, 2)])
+@pytest.mark.parametrize("extra", [[], ["--accumulate", "3"], ["--amp"]])
+def test_the_training_step_shows_what_rtns_see(rtn_layers, extra):
+    t, s, got = trainer("evograd_guided", *extra, rtn_layers=rtn_layers), step(), []
+    losses = t.losses
+    t.losses = lambda step, held=None: (got.append(held), losses(step, held))[1]
+    expected = t.rtn_inputs(s.source)
+    t.step(s)
+    (held,) = got
+    assert len(held) == len(rtn_layers)
+    for seen, at_theta in zip(held, expected):
+        assert seen.dtype == torch.float32 and not seen.requires_grad
+        torch.testing.assert_close(seen, at_theta, rtol=1e-4, atol=1e-5 if "--amp" not in extra else 0.1)
+    t = trainer("evograd_guided", "--rtn-input", "candidate", rtn_layers=rtn_layers)
+    t.losses = lambda step, held=None: (got.append(held), train.Trainer.losses(t, step, held))[1]
+    t.step(s)
+    assert got[1] is None
 
 
 # --- the RTN -----------------------------------------------------------------------------------------------------------
