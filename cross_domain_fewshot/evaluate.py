@@ -10,9 +10,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from evograd import checkpoints, cli
+from evograd.distributed import ALONE
 from evograd.records import append_run
 
 from .data import DATASETS, TestEpisodes, cache_if_small, centred, load_domain, stream
@@ -22,17 +22,22 @@ TEST_SEED = 0  # of the episodes that train.py tests on: the same for all method
 
 
 @torch.no_grad()
-def score(model, images, settings, n_episodes, seed, n_workers):
-    """Accuracy (%) of each test episode, (n_episodes,) on the CPU. settings: has n_way, n_shot, n_query, image_size."""
+def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE):
+    """Accuracy (%) of each test episode, (n_episodes,) on the CPU. settings: has n_way, n_shot, n_query, image_size.
+
+    Several processes take turns, and each gets all accuracies, those of the first process first.
+    """
     episodes = TestEpisodes(images, seed, settings.n_way, settings.n_shot + settings.n_query)
     device = next(model.parameters()).device
     model.eval()
     correct = []
-    loader = stream(episodes, range(n_episodes), n_workers, pin=device.type == "cuda")
-    for episode in tqdm(loader, total=n_episodes, desc=f"test on {images.domain}", unit="episode", mininterval=1):
+    own = range(processes.rank, n_episodes, processes.size)
+    loader = stream(episodes, own, n_workers, pin=device.type == "cuda")
+    for episode in processes.progress(loader, total=len(own), desc=f"test on {images.domain}", unit="episode"):
         scores = model(centred(episode.to(device), settings.image_size), settings.n_shot)
         correct.append((scores.argmax(1) == episode_targets(scores)).float().mean())
-    return 100 * torch.stack(correct).cpu()
+    correct = torch.stack(correct).cpu() if correct else torch.empty(0)  # fewer episodes than processes
+    return torch.cat(processes.all(100 * correct))
 
 
 def interval(values):

@@ -370,7 +370,7 @@ def run(args, processes):
     progress.close()
     seconds = perf_counter() - start
 
-    accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers)
+    accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers, processes)
     mean, half_width = interval(accuracies)
     metrics = {"accuracy": mean, "interval": half_width, "train_loss": torch.stack(losses).mean()}
     if learns:

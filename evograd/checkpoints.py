@@ -241,11 +241,8 @@ class Keeper:
         self._look_for_nan(state())
 
     def progress(self, n_steps: int, what: str, unit: str = "step"):
-        """A progress bar over all steps, shown by the first process."""
-        from tqdm import tqdm  # here, so that the package itself does not need it
-
-        others = {"disable": True} if self.processes.rank else {}
-        return tqdm(total=n_steps, initial=self.step, desc=what, unit=unit, mininterval=1, **others)
+        """A progress bar over all steps, from where the run stands."""
+        return self.processes.progress(total=n_steps, initial=self.step, desc=what, unit=unit)
 
     def mean(self, losses: list[Tensor]) -> float:
         """The mean of the training losses of the last steps, this one's last, read from the device. A NaN ends the run."""

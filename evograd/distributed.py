@@ -37,6 +37,12 @@ class Processes:
     group: dist.ProcessGroup | None = None
     host: dist.ProcessGroup | None = None
 
+    def progress(self, *iterable: Iterable, **settings):
+        """tqdm's bar, which the first process alone shows."""
+        from tqdm import tqdm  # here, so that the package itself does not need it
+
+        return tqdm(*iterable, mininterval=1, **settings, **({"disable": True} if self.rank else {}))
+
     def part(self, batch: Tensor, dim: int = 0) -> Tensor:
         """This process's part of a batch, one of `size` equal ones in their order."""
         return batch if self.size == 1 else batch.chunk(self.size, dim)[self.rank]
@@ -87,7 +93,7 @@ class Processes:
 
     def _number(self, seed: int, step: int, stream: int) -> int:
         first = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
-        return (first + step * (self.size + 1) + stream) % 2**62
+        return (first + (step << 16) + stream) % 2**62
 
     def data_parallel(self, model: nn.Module, parameters: Iterable[Tensor]) -> nn.Module:
         """`model` for the ordinary step: the gradients of `parameters` are averaged as they come. Others are left alone."""
