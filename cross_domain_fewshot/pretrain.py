@@ -8,13 +8,13 @@ fits every head and method.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from evograd import checkpoints, cli
 from evograd.records import seed_everything
@@ -55,7 +55,8 @@ def parse_args(argv=None):
     cli.add_device_argument(parser)
     parser.add_argument("--cache-gb", type=float, default=4.0, help="decode all images into memory if they take no more")
     parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the encoder; FILE.part is the checkpoint on the way")
+    cli.add_resume_arguments(parser)
     args = parser.parse_args(argv)
     fill_defaults(args)
     args.domain = args.domain or {"glyphs": "sans", "filelists": "miniImagenet"}[args.data]
@@ -64,8 +65,16 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    names = ("data", "domain", "backbone", "width", "image_size", "epochs", "batch_size", "lr", "amp", "seed")
+    config = {name: getattr(args, name) for name in names}
+    args.checkpoint = f"{args.out}.part"
+    keeper = checkpoints.Keeper(args, "few-shot encoder", config, name="encoder")
     with cli.exit_on_bad_input():
         checkpoints.check_writable(args.out)
+        if args.resume and Path(args.out).is_file() and checkpoints.load(args.out)["config"] == config:
+            print(f"{args.out} is this encoder: nothing to do")
+            return
+        found = keeper.resume()
         images = load_domain(args.data, args.data_dir, args.domain, "base", args.image_size)
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
@@ -74,39 +83,46 @@ def main(argv=None):
     optimizer = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], lr=args.lr)
     batches = Batches(images, args.seed, args.batch_size)
     n_steps = args.epochs * batches.per_epoch
-    loader = stream(batches, range(n_steps), n_workers, pin=args.device.type == "cuda")
-    generator = torch.Generator().manual_seed(args.seed)
-    seen, losses, hits = 0, [], []
-    progress = tqdm(total=n_steps, desc=f"encoder {args.backbone} on {args.domain}", unit="batch", mininterval=1)
-    for t, (x, y) in enumerate(loader, start=1):
-        x, y = x.to(args.device, non_blocking=True), y.to(args.device, non_blocking=True)
-        x = centred(x, args.image_size) if args.data == "glyphs" else augmented(x, args.image_size, generator)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            logits = classifier(encoder(x).mean((2, 3)))
-            loss = F.cross_entropy(logits, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        hits.append((logits.argmax(1) == y).float().mean())
-        progress.update()
-        if t % batches.per_epoch == 0 or t == n_steps:
-            loss, accuracy = torch.stack(losses[seen:]).mean().item(), 100 * torch.stack(hits[seen:]).mean().item()
-            seen = len(losses)
-            progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1f} %")
+    generator = torch.Generator().manual_seed(args.seed)  # of the augmentations
+    parts = {"encoder": encoder, "classifier": classifier, "optimizer": optimizer}
+    losses, hits = [], []  # of this epoch
+    if found:
+        for name, part in parts.items():
+            part.load_state_dict(found[name])
+        generator.set_state(found["augmentations"])
+        losses, hits = ([value.to(args.device) for value in found[name]] for name in ("losses", "hits"))
+    state = lambda: {
+        **{name: part.state_dict() for name, part in parts.items()},
+        "augmentations": generator.get_state(),
+        "losses": losses,
+        "hits": hits,
+    }
+    progress = keeper.progress(n_steps, f"encoder {args.backbone} on {args.domain}", unit="batch")
+    with keeper:
+        loader = stream(batches, range(keeper.step, n_steps), n_workers, pin=args.device.type == "cuda")
+        for step in keeper.steps(n_steps, state):
+            if step % batches.per_epoch == 0:
+                losses, hits = [], []
+            x, y = (t.to(args.device, non_blocking=True) for t in next(loader))
+            x = centred(x, args.image_size) if args.data == "glyphs" else augmented(x, args.image_size, generator)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                logits = classifier(encoder(x).mean((2, 3)))
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            hits.append((logits.argmax(1) == y).float().mean())
+            progress.update()
+            if (step + 1) % batches.per_epoch == 0:
+                accuracy = 100 * torch.stack(hits).mean().item()
+                progress.set_postfix(loss=f"{keeper.mean(losses):.3f}", accuracy=f"{accuracy:.1f} %")
     progress.close()
-    names = ("data", "domain", "backbone", "width", "image_size", "epochs", "batch_size", "lr", "amp", "seed")
-    checkpoints.save(
-        args.out,
-        {
-            "kind": "encoder",
-            "config": {name: getattr(args, name) for name in names},
-            "encoder": encoder.state_dict(),
-            "classifier": classifier.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": n_steps,
-        },
-    )
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with cli.exit_on_bad_input():
+        checkpoints.save(args.out, {"kind": "encoder", "config": config, "step": n_steps, **states})
+    keeper.path.unlink(missing_ok=True)
+    accuracy = 100 * torch.stack(hits).mean().item()
     print(f"encoder {args.backbone}: {accuracy:.1f} % of {args.domain}'s {len(images.classes)} base classes in the last epoch")
 
 

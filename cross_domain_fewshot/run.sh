@@ -9,14 +9,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-DATA=glyphs DATA_DIR=data OUT=
+DATA=glyphs DATA_DIR=data OUT= WHERE=
 previous=
 for argument in "$@"; do # what the encoders' runs need to know as well
   case $previous in
     --data) DATA=$argument ;;
     --data-dir) DATA_DIR=$argument ;;
     --out) OUT=$argument ;;
+    --device) WHERE="$WHERE --device $argument" ;;
   esac
+  [ "$argument" != --resume ] || WHERE="$WHERE --resume"
   previous=$argument
 done
 if [ "$DATA" = glyphs ]; then
@@ -42,7 +44,7 @@ first_commands() { # the encoders
   for backbone in $BACKBONES; do
     [ -f "$(encoder "$backbone")" ] && continue
     command_line cross_domain_fewshot.pretrain --data "$DATA" --data-dir "$DATA_DIR" --domain "$FIRST" \
-      --backbone "$backbone" --out "$(encoder "$backbone")" $PRETRAIN
+      --backbone "$backbone" --out "$(encoder "$backbone")" $PRETRAIN $WHERE
   done
 }
 

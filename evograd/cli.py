@@ -63,16 +63,22 @@ def experiment_parser(
         metavar="FILE",
         help="JSON-lines file that the run's record is appended to; default: <experiment>/results/<data>.jsonl",
     )
-    group = parser.add_argument_group("long runs")
+    group = add_resume_arguments(parser)
     group.add_argument(
         "--checkpoint",
         metavar="FILE",
         help="where it is written; given, the file stays when the run has ended. Default: beside --out, in checkpoints/",
     )
-    group.add_argument("--checkpoint-every", type=at_least(1), default=1000, metavar="N", help="steps")
-    group.add_argument("--resume", action="store_true", help="go on from the checkpoint, if the run has one and has not ended")
     group.add_argument("--skip-done", action="store_true", help="do nothing if --out has the result of this configuration")
     return parser
+
+
+def add_resume_arguments(parser: argparse.ArgumentParser):
+    """The flags of every script that goes on where it was; returns their group."""
+    group = parser.add_argument_group("long runs")
+    group.add_argument("--checkpoint-every", type=at_least(1), default=1000, metavar="N", help="steps")
+    group.add_argument("--resume", action="store_true", help="go on from the checkpoint, if the run has one and has not ended")
+    return group
 
 
 # Where and how a run is done, not what: no record holds it. What --log-quality measures, the record's metrics say.

@@ -30,6 +30,7 @@ from cross_domain_fewshot.models import (
 from evograd import checkpoints
 from evograd.baselines import unrolled
 from evograd.records import append_run
+from tests.test_checkpoints import assert_equal
 from tests.test_scripts import shell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -328,6 +329,34 @@ def test_encoder_is_handed_over(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(tmp_path, "none", *wrong)
         assert f"is of --backbone conv4; this run has --backbone {backbone}" in capsys.readouterr().err
+
+
+def test_an_encoder_that_is_stopped_and_resumed_is_the_same(tmp_path, monkeypatch, capsys):
+    images = data.load_domain("glyphs", "", "mono", "base", 28)
+    monkeypatch.setattr(pretrain, "load_domain", lambda *args: images)
+    common = ["--domain", "mono", "--width", "4", "--epochs", "2", "--device", "cpu", "--batch-size", "256"]
+    pretrain.main([*common, "--out", str(tmp_path / "whole.pt")])
+    n_steps, stopped = checkpoints.load(tmp_path / "whole.pt")["step"], tmp_path / "stopped.pt"
+    step, count = torch.optim.Adam.step, [0]
+
+    def killed(optimizer):
+        count[0] += 1
+        if count[0] == n_steps // 2 + 2:
+            raise KeyboardInterrupt
+        return step(optimizer)
+
+    again = [*common, "--out", str(stopped), "--resume", "--checkpoint-every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(again)
+    assert not stopped.exists() and (tmp_path / "stopped.pt.part").is_file()
+    pretrain.main(again)
+    assert f"going on after step {(n_steps // 2 + 1) // 2 * 2}, from" in capsys.readouterr().out
+    assert_equal(checkpoints.load(stopped), checkpoints.load(tmp_path / "whole.pt"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped.pt", "whole.pt"]
+    pretrain.main(again)
+    assert "stopped.pt is this encoder: nothing to do" in capsys.readouterr().out
 
 
 def test_quality_is_logged(trained, tmp_path):
