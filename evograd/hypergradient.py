@@ -98,8 +98,8 @@ def hypergradient(
             its init_process_group; torchrun ends the others at once.
 
     Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast. What train_loss detaches, and
-    depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once, at
-    θ, and handed to all of them (the input of label noise's weight net, that of MetaXL's transformation).
+    depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once,
+    at θ, and handed to all of them (the input of label noise's weight net, that of MetaXL's transformation).
     """
     _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator, group)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)

@@ -71,8 +71,8 @@ def estimates(
     for place, lookahead in places.items():
         result[f"guided{place}"] = partial(guided, sigma=sigma, lookahead=lookahead)
         result[f"mixed{place}"] = partial(mixed_mode, *problem, lookahead=lookahead, **common)
-    for factor in (0.1, 10):
-        result[f"guided_sgd_sigma{factor * sigma:.2g}"] = partial(guided, sigma=factor * sigma, lookahead="sgd")
+    for factor in (0.1, 0.3, 3, 10):
+        result[f"guided_sgd_sigma_x{factor:g}"] = partial(guided, sigma=factor * sigma, lookahead="sgd")
     result["finite_difference"] = partial(finite_difference, *problem, **common)
     result["neumann"] = partial(neumann, *problem, **common)
     result["conjugate_gradient"] = partial(conjugate_gradient, *problem, damping=0.1, parameters=parameters)

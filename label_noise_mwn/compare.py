@@ -3,6 +3,7 @@
     python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--batch-size 100] [--channels-last]
     python -m label_noise_mwn.compare --fake --model wrn28_10       without time, on any machine: FLOPs and bytes are counted
                                                                     on tensors that have shapes and no values (FakeTensorMode)
+    python -m label_noise_mwn.compare --variants                    what channels last, torch.compile and autocast save
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
 """
@@ -13,8 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd import cli
-from evograd.measuring import compare
-from evograd.records import seed_everything
+from evograd.measuring import compare, seconds
+from evograd.records import append_run, seed_everything
 
 from .data import CIFAR_MEAN, CIFAR_STD, Source, make_task
 from .models import MODELS
@@ -28,17 +29,51 @@ def random_source(n, n_classes=10, size=32):
     return Source(images, labels, images[:n_classes], labels[:n_classes], mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
+VARIANTS = {
+    "contiguous": [],
+    "channels_last": ["--channels-last"],
+    "compiled": ["--compile"],
+    "channels_last_compiled": ["--channels-last", "--compile"],
+    "autocast": ["--amp"],  # in the ordinary step
+}
+
+
+def variants(args, common, task):
+    """How many times faster each method's step is with each variant than without; all take turns."""
+    steps = {}
+    for method in ("cross_entropy", *args.methods):
+        for variant, flags in VARIANTS.items():
+            trainer = Trainer(parse_args([*common, *flags, "--method", method]), task)
+            steps["plain" if method == "cross_entropy" else method, variant] = trainer.step
+    times = seconds(steps, args.repeats, warmup=3)
+    faster = {variant: {} for variant in VARIANTS}
+    for (method, variant), time in times.items():
+        faster[variant][method] = times[method, "contiguous"] / time
+    for variant, methods in faster.items():
+        print(f"{variant:24}" + "".join(f"{method:>16}{value:6.2f}" for method, value in methods.items()))
+    return faster
+
+
 def main(argv=None):
     parser = cli.comparison_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="resnet32")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
     parser.add_argument("--channels-last", action="store_true", help="memory format of images and model")
     parser.add_argument("--fake", action="store_true", help="take no time: count FLOPs and bytes only")
+    parser.add_argument("--variants", action="store_true", help="of every step: what memory format, compiler and autocast save")
     args = parser.parse_args(argv)
+    if args.variants and (args.fake or args.channels_last or args.json):
+        parser.error("--variants goes with --model, --batch-size, --methods, --repeats and --out alone")
     seed_everything(1)
     n_meta = -(-args.batch_size // 10) * 10
     task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
     common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--batch-size", str(args.batch_size)]
+    if args.variants:
+        config = {"model": args.model, "batch_size": args.batch_size}
+        faster = variants(args, common, task)
+        if args.out:
+            append_run(args.out, "label_noise_mwn_variants", config, faster, {}, args.device)
+        return
     common += ["--channels-last"] * args.channels_last
     with FakeTensorMode(allow_non_fake_inputs=True) if args.fake else nullcontext():
         methods = ("cross_entropy", *args.methods)

@@ -47,6 +47,7 @@ WEIGHT_INPUT = {method: "candidate" if method == "evograd" else "model" for meth
 # These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
 # really made, which costs one copy of the parameters and no computation.
 LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
+COMPILED = ("evograd", "evograd_guided", "finite_difference")
 META = ("meta_every", "meta_optimizer", "meta_lr", "normalize_weights", "log_quality")
 CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "weight_input", "inner_lr")
 READS = {
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror one image in two; default: all data but digits")
     add("--amp", action="store_true", help="bfloat16 autocast in the ordinary step; hypergradients stay in float32")
     add("--channels-last", action="store_true", help="memory format of images and model")
-    add("--compile", action="store_true", help="torch.compile the model in the ordinary step")
+    add("--compile", action="store_true", help="torch.compile the model for the ordinary step and for candidates")
     group = parser.add_argument_group("weight net")
     add = group.add_argument
     add("--meta-every", type=cli.at_least(1), default=1, metavar="N", help="one meta-update every N steps")
@@ -123,9 +124,9 @@ class Trainer:
             self.weight_net = weight_net()  # for every method, so that all have the same random numbers from here on
         if args.channels_last:
             self.model = self.model.to(memory_format=self.format)
-        self.ordinary = processes.data_parallel(self.model, self.model.parameters())  # the same parameters
-        if args.compile:
-            self.ordinary = torch.compile(self.ordinary)
+        # The same parameters, or what the estimators put in their place.
+        self.compiled = torch.compile(self.model) if args.compile else self.model
+        self.ordinary = processes.data_parallel(self.compiled, self.model.parameters())
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=args.lr, **MOMENTUM)
         if args.meta_optimizer == "sgd":
             self.meta_optimizer = torch.optim.SGD(self.weight_net.parameters(), lr=args.meta_lr, **MOMENTUM)
@@ -169,11 +170,11 @@ class Trainer:
         model_first = meta_turn and (known_losses or args.method in LOOKAHEAD)
 
         def train_loss(model, inputs=None):
-            losses = F.cross_entropy(model(x), y, reduction="none")
+            losses = F.cross_entropy(self.logits(model, x), y, reduction="none")
             return self.weighted_mean(losses, losses if inputs is None else inputs)
 
         def val_loss(model):
-            return F.cross_entropy(model(x_meta), y_meta)
+            return F.cross_entropy(self.logits(model, x_meta), y_meta)
 
         if meta_turn and not model_first:
             self.meta_step(train_loss, val_loss)
@@ -201,6 +202,10 @@ class Trainer:
         self.n_steps += 1
         return self.processes.mean(loss.detach())
 
+    def logits(self, model, x):
+        """model(x), compiled where that is asked for and helps: forward mode and double backward fall back, and only lose."""
+        return (self.compiled if self.args.method in COMPILED and model is self.model else model)(x)
+
     def meta_step(self, train_loss, val_loss, **around):
         """The weight net's update. EvoGrad as in the paper has its own scale; T1-T2 looks ahead by the model's current rate."""
         if self.args.method not in ("evograd", "conjugate_gradient"):
@@ -227,7 +232,7 @@ class Trainer:
         known = estimates(lambda model: train_loss(model, losses), *problem, **common)
         chosen = {n: known[n] if n.startswith(("guided", "finite")) else estimate for n, estimate in own.items()}
         chosen |= {f"{name}_model": known[name] for name in ("evograd_k2", "evograd_k10")}
-        chosen["guided_made_candidate"] = own["guided_made"]
+        chosen |= {f"{name}_candidate": own[name] for name in ("guided_sgd", "guided_made")}
         self.quality.add(self.n_steps, chosen, self.args.device)
 
     PARTS = ("model", "weight_net", "optimizer", "meta_optimizer", "train_batches", "meta_batches", "quality")

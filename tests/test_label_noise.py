@@ -324,8 +324,9 @@ def test_options_of_the_ordinary_step(tmp_path, capsys):
         assert run(tmp_path, "evograd_guided", *flags)["metrics"]["train_loss"] != usual
 
 
-def test_compiled_model_is_used_in_the_ordinary_step_alone(monkeypatch):
-    """Candidates run through the plain module: their parameters are swapped."""
+@pytest.mark.parametrize(("method", "passes"), [("evograd", 4), ("evograd_guided", 4), ("mixed_mode", 1), ("second_order", 1)])
+def test_compiled_model_is_used_in_the_ordinary_step_and_for_candidates(method, passes, monkeypatch):
+    """Of the estimators those that take ordinary passes use it, with their parameters in place of the model's."""
     used = []
 
     class Compiled:
@@ -337,9 +338,15 @@ def test_compiled_model_is_used_in_the_ordinary_step_alone(monkeypatch):
             return self.model(x)
 
     monkeypatch.setattr(torch, "compile", Compiled)
-    learner = trainer("evograd", "--compile")
+    torch.manual_seed(0)
+    learner = trainer(method, "--compile")
     learner.step()
-    assert used == [100]
+    assert len(used) == passes
+    torch.manual_seed(0)
+    plain = trainer(method)
+    plain.step()
+    for a, b in zip(learner.weight_net.parameters(), plain.weight_net.parameters()):
+        assert torch.equal(a.grad, b.grad)
 
 
 def test_npz_runs_with_noisy_labels(tmp_path, capsys):
