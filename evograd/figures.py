@@ -1,6 +1,6 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-python -m evograd.figures [FILE.jsonl …]        resources/quality.png, the quality of every estimate over what it costs
+python -m evograd.figures [FILE.jsonl …]        resources/quality.png, the quality of every estimate over its FLOPs and its time
 """
 
 import argparse
@@ -81,6 +81,7 @@ ESTIMATES = {
     "evograd_k50_common": ("EvoGrad, K = 50, common random numbers", "theory", "D"),
     "guided": ("guided, gradient at θ", "evograd_guided", "^"),
     "guided_sgd": ("guided, after an SGD step", "evograd_guided", "v"),
+    "guided_sgd_sigma_x0.1": ("guided, after an SGD step, σ / 10", "evograd_guided", "<"),
     "guided_made": ("guided, after the step made", "evograd_guided", "P"),
     "mixed_sgd": ("mixed mode, after an SGD step", "mixed_mode", "v"),
     "mixed_made": ("mixed mode, after the step made", "mixed_mode", "P"),
@@ -91,23 +92,26 @@ ESTIMATES = {
 
 
 def plot_quality(runs: list[dict], path: Path) -> None:
-    """One panel for each experiment: mean cosine to exact T1–T2 over the FLOPs of one hypergradient, those of T1–T2 being 1."""
+    """Mean cosine to exact T1–T2 over what one hypergradient costs, T1–T2 being 1: a column of panels for each experiment,
+    over FLOPs and over time."""
     figure, axes = plt.subplots(
-        1, len(runs), figsize=(3.1 * len(runs), 4.6), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        2, len(runs), figsize=(3.1 * len(runs), 7.6), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
+    for row, (cost, title) in enumerate({"quality_flops": "FLOPs / T1–T2", "quality_seconds": "time / T1–T2"}.items()):
+        for axis, run in zip(axes[row], runs):
+            metrics = run["metrics"]
+            for name, (label, method, marker) in ESTIMATES.items():
+                x, colour = metrics[cost][name] / metrics[cost]["exact"], COLOURS[method]
+                axis.plot(x, metrics["cosine"][name], marker, color=colour, ms=7, alpha=0.85, mec="white", label=label, ls="")
+            axis.plot(1, 1, "*", color=COLOURS["second_order"], ms=13, mec="white", label="exact T1–T2 (higher)", ls="")
+            axis.axhline(0, color="black", lw=0.7)
+            axis.set_xscale("log")
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel(title)
+            axis.grid(alpha=0.3)
+        axes[row, 0].set_ylabel("cosine to exact T1–T2")
     for axis, run in zip(axes[0], runs):
-        metrics = run["metrics"]
-        for name, (label, method, marker) in ESTIMATES.items():
-            cost = metrics["quality_flops"][name] / metrics["quality_flops"]["exact"]
-            colour = COLOURS[method]
-            axis.plot(cost, metrics["cosine"][name], marker, color=colour, ms=7, alpha=0.85, mec="white", label=label, ls="")
-        axis.plot(1, 1, "*", color=COLOURS["second_order"], ms=13, mec="white", label="exact T1–T2 (higher)", ls="")
-        axis.axhline(0, color="black", lw=0.7)
-        axis.set_xscale("log")
         axis.set_title(f"{run['experiment']}, {run['config']['data']}", fontsize=10)
-        axis.set_xlabel("FLOPs / T1–T2")
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("cosine to exact T1–T2")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save(figure, path)
 
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", default=sorted(glob("*/results/quality.jsonl")), help="result files")
     parser.add_argument("--out", type=Path, default=Path("resources/quality.png"), help="the figure")
     args = parser.parse_args(argv)
-    runs = [run for run in read_runs(args.results)[0] if "quality_flops" in run["metrics"]] if args.results else []
+    runs = [run for run in read_runs(args.results)[0] if "quality_seconds" in run["metrics"]] if args.results else []
     if not runs:
         parser.error(f"no run with --log-quality in {', '.join(args.results) or '*/results/quality.jsonl'}; make some first")
     plot_quality(runs, args.out)

@@ -85,20 +85,22 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
 def _quality_table(spec: dict, runs: list[dict]) -> Table:
     """One line for each estimator, one column for each problem: mean cosine to exact T1–T2 in the runs that logged it.
 
-    The last column is the estimate's FLOPs over those of T1–T2 in the same problem, as a range over the problems.
+    The last columns are the estimate's FLOPs and time over those of T1–T2 in the same problem, as ranges over the problems.
     """
-    header = ["Estimate", *(column["label"] for column in spec["columns"]), "FLOPs / T1–T2"]
+    kinds = {"quality_flops": "FLOPs / T1–T2", "quality_seconds": "time / T1–T2"}
+    header = ["Estimate", *(column["label"] for column in spec["columns"]), *kinds.values()]
     logged = [[run for run in _select(column, runs) if "quality_flops" in run["metrics"]] for column in spec["columns"]]
     rows = []
     for row in spec["rows"]:
-        cells, costs = [], []
+        cells, costs = [], {kind: [] for kind in kinds}
         for column, mine in zip(spec["columns"], logged):
             name = column.get("names", {}).get(row["estimate"], row["estimate"])
             found = [run["metrics"] for run in mine if name in run["metrics"]["cosine"]]
             cells.append(_cell(*mean_std(m["cosine"][name] for m in found)[:2], {"decimals": 3}) if mine else NOT_RUN)
-            costs += [m["quality_flops"][name] / m["quality_flops"]["exact"] for m in found]
-        low, high = (f"{f(costs):.2f}" if costs else "–" for f in (min, max))
-        rows.append([row["label"], *cells, low if low == high else f"{low} to {high}"])
+            for kind, values in costs.items():
+                values += [m[kind][name] / m[kind]["exact"] for m in found if name in m.get(kind, {})]
+        ranges = [[f"{f(values):.2f}" if values else "–" for f in (min, max)] for values in costs.values()]
+        rows.append([row["label"], *cells, *(low if low == high else f"{low} to {high}" for low, high in ranges)])
     used = [run for mine in logged for run in mine]
     return _table(spec, header, rows, used, [spec["note"]] if spec.get("note") else [])
 

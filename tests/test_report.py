@@ -305,15 +305,16 @@ def test_the_spec_is_whole():
 
 
 def test_the_quality_table_and_figure(tmp_path, capsys):
-    """Rows are estimates, columns problems; FLOPs over those of T1–T2, never the other way round."""
+    """Rows are estimates, columns problems; FLOPs and time over those of T1–T2, never the other way round."""
 
     def logged(experiment, cosine):
         cosines = dict.fromkeys(figures.ESTIMATES, cosine)
         flops = dict.fromkeys(cosines, 300) | {"exact": 400}
+        seconds = dict.fromkeys(cosines, 2.0 if experiment == "a" else 3.0) | {"exact": 4.0}
         return {
             "experiment": experiment,
             "config": {"seed": 1, "data": "d"},
-            "metrics": {"cosine": cosines, "quality_flops": flops},
+            "metrics": {"cosine": cosines, "quality_flops": flops, "quality_seconds": seconds},
             "cost": {},
             "environment": {},
         }
@@ -322,8 +323,11 @@ def test_the_quality_table_and_figure(tmp_path, capsys):
     columns = [{"label": e, "experiment": e, "where": {"data": "d"}} for e in ("a", "b", "c")]
     rows = [{"label": "guided", "estimate": "guided"}, {"label": "other", "estimate": "evograd_k3"}]
     table = tables.build_table({"name": "q", "kind": "quality", "title": "Q", "columns": columns, "rows": rows}, runs)
-    assert table.header == ["Estimate", "a", "b", "c", "FLOPs / T1–T2"]
-    assert table.rows == [["guided", "0.250", "1.000", "not run", "0.75"], ["other", "–", "–", "not run", "–"]]
+    assert table.header == ["Estimate", "a", "b", "c", "FLOPs / T1–T2", "time / T1–T2"]
+    assert table.rows == [
+        ["guided", "0.250", "1.000", "not run", "0.75", "0.50 to 0.75"],
+        ["other", "–", "–", "not run", "–", "–"],
+    ]
     path = tmp_path / "quality.jsonl"
     for run in runs[:2]:
         append_line(path, json.dumps(run))
