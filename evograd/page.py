@@ -92,7 +92,7 @@ def to_html(
 ) -> str:
     """The page: a summary, then a section for each experiment; what was not run says so, with the command that runs it.
 
-    folder: where spec["diagram"] lies.  spec["highlight"]: what rows and columns to be found at a glance have in their name.
+    folder: where spec["pictures"] lie, which follow the summary.  spec["highlight"]: what rows and columns to be found at a glance have in their name.
     """
     experiments, highlight = spec["experiments"], spec.get("highlight")
     links = [(e["name"], e["title"]) for e in experiments]
@@ -112,8 +112,7 @@ def to_html(
     if first:
         parts.append(f"<h2 id='{SUMMARY}'>Summary</h2>")
         parts += [_table(table, highlight) for table in first]
-    if spec.get("diagram"):
-        parts.append(_figure(folder / spec["diagram"]["file"], spec["diagram"]["caption"]))
+    parts += [_figure(folder / picture["file"], picture["caption"]) for picture in spec.get("pictures", [])]
     for experiment in experiments:
         mine = [table for table in tables if table.experiment == experiment["name"]]
         parts += _section(experiment, mine, figures.get(experiment["name"], []), highlight)

@@ -301,7 +301,7 @@ def test_the_spec_is_whole():
     for table in tables.build_tables(spec, []):
         assert table.experiment in sections, table.name
         assert table.command or table.experiment == "summary", table.name
-    assert (ROOT / "resources" / spec["diagram"]["file"]).is_file()
+    assert all((ROOT / "resources" / picture["file"]).is_file() for picture in spec["pictures"])
 
 
 def test_the_quality_table_and_figure(tmp_path, capsys):
