@@ -92,7 +92,8 @@ def to_html(
 ) -> str:
     """The page: a summary, then a section for each experiment; what was not run says so, with the command that runs it.
 
-    folder: where spec["pictures"] lie, which follow the summary.  spec["highlight"]: what rows and columns to be found at a glance have in their name.
+    folder: where spec["pictures"] lie, which follow the summary.
+    spec["highlight"]: what rows and columns to be found at a glance have in their name.
     """
     experiments, highlight = spec["experiments"], spec.get("highlight")
     links = [(e["name"], e["title"]) for e in experiments]
