@@ -41,7 +41,9 @@ def runs_to_plot(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     results = f"{experiment}/results"
-    parser.add_argument("results", nargs="*", default=sorted(glob(f"{results}/*.jsonl")), help="result files")
+    # Runs that were made to compare estimates have settings of their own: resources/quality.png shows them.
+    default = sorted(set(glob(f"{results}/*.jsonl")) - {f"{results}/quality.jsonl"})
+    parser.add_argument("results", nargs="*", default=default, help="result files")
     parser.add_argument("--out-dir", type=Path, default=Path(results), help="folder of the figures")
     args = parser.parse_args(argv)
     missing = [name for name in args.results if not Path(name).is_file()]
