@@ -92,6 +92,8 @@ def parse_args(argv=None):
     cli.refuse_unread(parser, args, READS)
     fill_defaults(args)
     cli.check_processes(parser, args, {"--n-query": args.n_query, "--auxiliary-batch": args.auxiliary_batch})
+    if args.method == "evograd_guided":
+        args.share = None  # candidates that are shared out have draws of their own, not those of the update that was made
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
     args.seen = args.seen or [d for d in (GLYPH_FONTS if args.data == "glyphs" else PAPER_DOMAINS) if d != args.held_out]

@@ -134,6 +134,8 @@ def check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace, d
     for flag, number in divided.items():
         if number % n:
             parser.error(f"{flag} {number} cannot be divided equally among {n} processes; a multiple of {n} is accepted")
+    if args.device.index is not None:
+        parser.error(f"--device {args.device} given, but there are {n} processes; with --device cuda each has one of its own")
     if args.log_quality:
         parser.error(f"--log-quality given, but it compares estimates of one process, and there are {n}")
     if args.method == "evograd":

@@ -45,7 +45,23 @@ class Processes:
 
     def part(self, batch: Tensor, dim: int = 0) -> Tensor:
         """This process's part of a batch, one of `size` equal ones in their order."""
-        return batch if self.size == 1 else batch.chunk(self.size, dim)[self.rank]
+        if self.size == 1:
+            return batch
+        self.check_equal_parts(batch.shape[dim], "samples")
+        return batch.chunk(self.size, dim)[self.rank]
+
+    def check_equal_parts(self, n: int, what: str) -> None:
+        if n % self.size:
+            raise ValueError(f"a batch of {n} {what} cannot be divided equally among {self.size} processes")
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """A block that the other processes enter when the first one has left it: what it downloads, they find."""
+        if self.rank:
+            self.all(None)
+        yield
+        if not self.rank:
+            self.all(None)
 
     def whole(self, part: Tensor) -> Tensor:
         """The batch (along dimension 0) of which every process gives its part."""
@@ -106,7 +122,8 @@ class Processes:
         # Buffers: see average_buffers. Broadcast, they would change between two passes of one step, under autograd's feet.
         named = inspect.signature(DistributedDataParallel).parameters
         flag = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # its name before torch 2.14
-        parallel = DistributedDataParallel(model, process_group=self.group, **{flag: False})
+        settings = {"process_group": self.group, "gradient_as_bucket_view": True, flag: False}
+        parallel = DistributedDataParallel(model, **settings)
         for p in others:
             p.requires_grad_(True)
         return parallel
@@ -136,7 +153,7 @@ def world_size() -> int:
 def processes(device: torch.device) -> Iterator[Processes]:
     """The processes of this run, joined by NCCL on CUDA and by gloo on the CPU. The first one alone prints to stdout.
 
-    A process that is left alone by another's failure ends too, and says so: the other one's message is the one that counts.
+    A process that cannot reach the others ends too; if that is since one of them has ended, the other one's message counts.
     """
     if world_size() == 1:
         yield ALONE
@@ -151,7 +168,8 @@ def processes(device: torch.device) -> Iterator[Processes]:
     except RuntimeError as error:
         if not _left_alone(error):
             raise
-        print(f"\nerror: process {rank}: another process of this run has ended; its own message says why", file=sys.stderr)
+        why = str(error).splitlines()[0]
+        print(f"\nerror: process {rank}: {why}. If another process has ended before, its message counts", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         sys.stdout = stdout

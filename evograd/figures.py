@@ -103,6 +103,8 @@ def plot_quality(runs: list[dict], path: Path) -> None:
         for axis, run in zip(axes[row], runs):
             metrics = run["metrics"]
             for name, (label, method, marker) in ESTIMATES.items():
+                if name not in metrics[cost]:
+                    continue
                 x, colour = metrics[cost][name] / metrics[cost]["exact"], COLOURS[method]
                 axis.plot(x, metrics["cosine"][name], marker, color=colour, ms=7, alpha=0.85, mec="white", label=label, ls="")
             axis.plot(1, 1, "*", color=COLOURS["second_order"], ms=13, mec="white", label="exact T1–T2 (higher)", ls="")
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", default=sorted(glob("*/results/quality.jsonl")), help="result files")
     parser.add_argument("--out", type=Path, default=Path("resources/quality.png"), help="the figure")
     args = parser.parse_args(argv)
-    runs = [run for run in read_runs(args.results)[0] if "quality_seconds" in run["metrics"]] if args.results else []
+    runs = [run for run in read_runs(args.results)[0] if run["metrics"].get("quality_seconds")] if args.results else []
     if not runs:
         parser.error(f"no run with --log-quality in {', '.join(args.results) or '*/results/quality.jsonl'}; make some first")
     plot_quality(runs, args.out)

@@ -94,6 +94,8 @@ def parse_args(argv=None):
 
     cli.refuse_unread(parser, args, READS)
     cli.check_processes(parser, args, {"--batch-size": args.batch_size})
+    if args.compile and args.log_quality:
+        parser.error("--compile given, but not all estimators of --log-quality can use it; leave out one of them")
     if args.noise == "given" and args.noise_level is not None:
         parser.error("--noise-level given, but with --noise given the labels are noisy already")
     if args.noise != "given" and args.noise_level is None:
@@ -293,10 +295,13 @@ def run(args, processes):
         if keeper.done():
             return
         found = keeper.resume()
-        source = load(args.data, args.data_dir, args.download)
+        with processes.first_alone():
+            source = load(args.data, args.data_dir, args.download)
         task = make_task(
             source, args.noise, args.noise_level, args.meta_images, args.val_images, args.train_images, args.seed, args.device
         )
+        for split, what in ((task.train, "training images"), (task.meta, "meta images")):
+            processes.check_equal_parts(min(len(split), args.batch_size), what)
     seed_everything(args.seed)
     trainer = Trainer(args, task, processes)
     scheduler = MultiStepLR(trainer.optimizer, [round(args.epochs * 2 / 3), round(args.epochs * 5 / 6)])

@@ -216,7 +216,7 @@ class Batch:
     input_ids: (n, length), int64.  attention_mask: likewise, or None where nothing is padded.
     positions: (w,), where in the flattened (n · length) the w labelled sub-words are.  labels: (w,), int64.
     counts: how many of these each sentence has.
-    share: of a mean over a whole batch's labels that of this part is.
+    share: what this part's mean loss is multiplied by, so that the parts of a batch add up to the batch's mean loss.
     """
 
     input_ids: Tensor

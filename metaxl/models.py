@@ -16,7 +16,7 @@ TINY_LENGTH = 128  # sub-words that the tiny encoder takes
 
 
 class RTN(nn.Module):
-    """x -> x + scale · sigmoid(g) ⊙ h, where (h, g) = Linear(ReLU(Linear(z))), and z, x detached, is `seen` of it.
+    """x -> x + scale · sigmoid(g) ⊙ h, where (h, g) = Linear(ReLU(Linear(z))) and z is `seen`, or x detached.
 
     x, z: (…, d).  g: (…, 1), the gate.  h: (…, d).
     """
@@ -35,11 +35,10 @@ class RTN(nn.Module):
 
 
 class Switch:
-    """What the RTNs do in this forward pass: none of them is a module's own, so that copies of the model (functional_call,
-    higher) share it.
+    """What the RTNs do in this forward pass. No module, so that copies of the model (functional_call, higher) share it.
 
     scales: what they multiply by; None: they are passed by.
-    held: what they see in place of the states that reach them.  record: a list that gets what they see.
+    held: what they see in place of the states that reach them.  record: a list that gets those states.
     """
 
     scales: Sequence[Tensor | float] | None = None
@@ -47,10 +46,9 @@ class Switch:
     record: list[Tensor] | None = None
 
     def pass_rtn(self, rtn: RTN, index: int, x: Tensor) -> Tensor:
-        seen = x.detach() if self.held is None else self.held[index]
         if self.record is not None:
-            self.record.append(seen)
-        return rtn(x, self.scales[index], seen)
+            self.record.append(x.detach())
+        return rtn(x, self.scales[index], None if self.held is None else self.held[index])
 
 
 class Transformed(nn.Module):

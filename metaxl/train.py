@@ -40,7 +40,7 @@ DEFAULTS = {"toy": TOY | {"target": "south"}, "ner": REAL | {"target": "qu"}, "s
 # Whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
 PERTURB = {method: "head" if method == "evograd" else "all" for method in cli.ESTIMATORS}
 # What RTNs see in the training loss of the candidates: what reaches them in each, or what did in the model, for all candidates.
-# No gradient passes there, so T1-T2 takes it as a constant; between candidates that see their own it is none.
+# It is detached, so T1-T2 takes it as a constant; candidates that see their own differ in it.
 RTN_INPUT = {"evograd": "candidate", "evograd_guided": "model", "finite_difference": "model"}
 TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
 # η. Where the lookahead is given it is only the scale of the hypergradient; second_order takes the model's learning rate.
@@ -99,11 +99,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     cli.refuse_unread(parser, args, READS)
     cli.check_processes(parser, args, {})
-    smallest = args.batch_size // 2 if READS[args.method] else args.batch_size
-    if (args.processes or 1) > smallest:
-        parser.error(
-            f"--batch-size {args.batch_size} is too small for {args.processes} processes: each needs a sentence of every part"
-        )
     if args.download and args.data != "ner":
         parser.error(f"--download given, but it fetches WikiAnn, which --data {args.data} does not read")
     for name, value in DEFAULTS[args.data].items():
@@ -125,6 +120,10 @@ def parse_args(argv=None):
         )
     if args.perturb == "all":
         args.rtn_input = args.rtn_input or RTN_INPUT.get(args.method)
+    halves = 2 if READS[args.method] else 1
+    for flag, n in {"--batch-size": args.batch_size, "--target-size": args.target_size}.items():
+        if n // halves < (args.processes or 1):
+            parser.error(f"{flag} {n} is too small for {args.processes} processes: each needs a sentence of every part")
     args.temperature = args.temperature or TEMPERATURE.get(args.method)
     args.sigma = args.sigma or SIGMA.get(args.method)
     args.inner_lr = args.inner_lr or (args.lr if args.method in ("second_order", "neumann") else INNER_LR.get(args.method))
@@ -171,9 +170,8 @@ class Trainer:
         batches = (
             [(step.target, False)] if self.args.method == "target_only" else [(step.source, transform), (step.target, False)]
         )
-        before = (
-            {name: p.detach().clone() for name, p in self._named(self.perturbed)} if self.args.method in LOOKAHEAD else None
-        )
+        around_the_update = self.args.method in LOOKAHEAD or self.args.rtn_input == "model"
+        before = {name: p.detach().clone() for name, p in self._named(self.perturbed)} if around_the_update else None
         log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
         everything = {name: p.detach().clone() for name, p in self._named("")} if log_quality else None
 
@@ -235,11 +233,13 @@ class Trainer:
     def hypergradient(self, step, before=None, held=None):
         """dℓ_V/dλ, in float32.
 
-        before: the perturbed parameters before the model's update, for a lookahead by it.  held: what the RTNs see.
+        before: the perturbed parameters before the model's update, around which candidates lie.  held: what the RTNs see.
         """
         around = {}
         if before is not None:
-            around = {"parameters": before, "lookahead": dict(self._named(self.perturbed))}
+            around = {"parameters": before}
+            if self.args.method in LOOKAHEAD:
+                around["lookahead"] = dict(self._named(self.perturbed))
             if self.args.perturb == "head":
                 around = {key: {n.removeprefix("head."): p for n, p in tensors.items()} for key, tensors in around.items()}
         if self.args.share:
@@ -421,9 +421,6 @@ def gates(model, examples, device):
 
 def prepare(args):
     """(tagger, {"source", "train", "dev", "test"}: Examples, labels). ValueError or OSError for what does not fit."""
-    if args.download:
-        for language in (args.source, args.target):
-            download_wikiann(args.data_dir, language)
     sizes = dict(source_size=args.source_size, target_size=args.target_size, dev_size=args.dev_size)
     corpus = load(args.data, args.data_dir, args.source, args.target, **sizes, seed=args.seed)
     seed_everything(args.seed)
@@ -464,6 +461,9 @@ def run(args, processes):
         if keeper.done():
             return
         found = keeper.resume()
+        with processes.first_alone():
+            for language in (args.source, args.target) if args.download else ():
+                download_wikiann(args.data_dir, language)
         model, examples, labels = prepare(args)
     what = f"metaxl {args.data} {args.source}-{args.target} {args.method} seed {args.seed}"
     cut = {name: e.n_cut for name, e in examples.items() if e.n_cut}

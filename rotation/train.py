@@ -161,6 +161,8 @@ def run(args, processes):
         if args.download:
             download_mnist(args.data_dir)
         train, val, test = load(args.data, args.data_dir, args.device)
+        for split, what in ((train, "training images"), (val, "validation images")):
+            processes.check_equal_parts(min(len(split), args.batch_size), what)
     seed_everything(args.seed)
     trainer = Trainer(args, train, val, processes)
 

@@ -47,6 +47,7 @@ CASES = {
         (["--checkpoint", "tests"], ["--checkpoint tests is a folder"]),
         (["--checkpoint-every", "epoch"], ["--checkpoint-every", "'epoch' given", "number"]),
         (["--model", "vgg"], ["'vgg'", "resnet32"]),
+        (["--compile", "--log-quality", "5"], ["--compile given", "--log-quality", "leave out one"]),
         (["--meta-every", "0"], ["--meta-every", "at least 1"]),
         (["--epochs", "0"], ["--epochs", "at least 1"]),
         (["--out", "/dev/null/runs.jsonl"], ["--out", "/dev/null/runs.jsonl"]),

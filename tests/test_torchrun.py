@@ -143,6 +143,7 @@ CASES = [
     ("label_noise_mwn", "finite_difference", ()),
     ("cross_domain_fewshot", "none", FEW_SHOT),
     ("cross_domain_fewshot", "evograd", ("--share", "batch", *FEW_SHOT, *WIDE)),
+    ("cross_domain_fewshot", "evograd_guided", FEW_SHOT),
     ("cross_domain_fewshot", "mixed_mode", FEW_SHOT),
     ("cross_domain_fewshot", "second_order", FEW_SHOT),
     ("metaxl", "joint_training", (*METAXL, "--accumulate", "2")),
@@ -177,12 +178,18 @@ def test_two_processes_take_the_steps_of_one(steps, case):
         assert (a - b).norm() <= tolerance * b.norm(), (name, (a - b).norm() / b.norm())
 
 
-def together(rank):
+def together(rank, folder):
     with distributed.processes(torch.device("cpu")) as processes:
         norm, batch = nn.BatchNorm1d(2), torch.arange(12.0).view(6, 2)
         norm.running_mean.fill_(rank)
         norm.num_batches_tracked.fill_(3)
         processes.average_buffers(norm)
+        with processes.first_alone():
+            order = [p for p in (0, 1) if os.path.exists(f"{folder}/{p}")]
+            open(f"{folder}/{rank}", "w").close()
+        assert order == list(range(rank))
+        with pytest.raises(ValueError, match="a batch of 5 samples cannot be divided equally among 2 processes"):
+            processes.part(torch.ones(5))
         processes.seed(4, 0)
         own = torch.rand(()).item()
         processes.seed(4, 0, alike=True)
@@ -200,7 +207,7 @@ def together(rank):
 
 
 def test_what_processes_do_together(tmp_path):
-    first, second = (f["result"] for f in run(tmp_path, together))
+    first, second = (f["result"] for f in run(tmp_path, together, tmp_path))
     batch = torch.arange(12.0).view(6, 2).tolist()
     assert first.pop("part") == batch[:3] and second.pop("part") == batch[3:]
     assert first.pop("dim") == [[a] for a, _ in batch] and second.pop("dim") == [[b] for _, b in batch]
@@ -303,7 +310,7 @@ def test_who_is_left_alone_ends_with_a_message(experiment, tmp_path):
     assert time.monotonic() - start < 60
     assert second is None  # died without a word
     assert first["code"] == 1
-    assert "error: process 0: another process of this run has ended" in first["err"]
+    assert "error: process 0: " in first["err"] and "If another process has ended before, its message counts" in first["err"]
 
 
 def test_nan_ends_all(tmp_path):
@@ -323,6 +330,7 @@ def test_nan_ends_all(tmp_path):
         ("cross_domain_fewshot", ["--n-query", "6"], "--n-query 6 cannot be divided"),
         ("cross_domain_fewshot", ["--n-query", "4", "--auxiliary-batch", "6"], "--auxiliary-batch 6 cannot be divided"),
         ("metaxl", ["--batch-size", "6"], "--batch-size 6 is too small for 4 processes"),
+        ("metaxl", ["--target-size", "6"], "--target-size 6 is too small for 4 processes"),
     ],
 )
 def test_what_cannot_be_divided(experiment, extra, words, tmp_path, monkeypatch, refused):
