@@ -183,13 +183,13 @@ class Trainer:
 
         if model_first or log_quality:
             before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.optimizer.zero_grad()
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             logits = self.ordinary(own_x)
         losses = F.cross_entropy(logits.float(), own_y, reduction="none")
         loss = self.weighted_mean(losses, losses, lambda weights: self.processes.mean(weights.sum()))
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
+        self.optimizer.zero_grad()  # their memory is free for the candidates
         self.processes.average_buffers(self.model)
 
         if log_quality:

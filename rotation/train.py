@@ -103,10 +103,10 @@ class Trainer:
         if self.args.method in LOOKAHEAD:
             around = {"parameters": before, "lookahead": made}
 
-        self.optimizer.zero_grad()
         loss = train_loss(self.ordinary, own_x, own_y)
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
+        self.optimizer.zero_grad()  # their memory is free for the candidates
         if log_quality:
             problem = (train_loss, val_loss, self.model, [self.angle])
             settings = dict(inner_lr=INNER_LR["second_order"], generator=self.quality.generator, sigma=self.args.sigma)

@@ -215,6 +215,17 @@ def test_the_training_step_shows_what_rtns_see(rtn_layers, extra):
     assert got[1] is None
 
 
+def test_candidates_lie_where_the_rtn_inputs_were_seen():
+    t, seen = trainer("evograd", "--perturb", "all", "--rtn-input", "model"), {}
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    estimator = t.estimator
+    t.estimator = lambda *problem, **around: (seen.update(around), estimator(*problem, **around))[1]
+    t.step(step())
+    assert set(seen) == {"parameters"}
+    assert all(torch.equal(p, before[name]) for name, p in seen["parameters"].items())
+    assert not torch.equal(before["head.weight"], t.model.head.weight)
+
+
 # --- the RTN -----------------------------------------------------------------------------------------------------------
 
 
