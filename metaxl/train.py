@@ -226,9 +226,9 @@ class Trainer:
         return seen
 
     def whole_batch(self, seen):
-        """What each RTN has seen, part by part of the batch -> on the whole batch, in float32."""
+        """What each RTN has seen, part by part of the batch -> on the whole batch, in the parameters' dtype."""
         n = len(self.model.rtn_layers)
-        return [torch.cat(seen[i::n]).float() for i in range(n)]
+        return [torch.cat(seen[i::n]).to(self.theta[0].dtype) for i in range(n)]
 
     def hypergradient(self, step, before=None, held=None):
         """dℓ_V/dλ, in float32.
