@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from .distributed import ALONE, Processes
 from .problem import NotFinite
-from .records import append_run, find_run, plain, replacing
+from .records import append_run, find_run, given, plain, replacing
 
 
 def save(path: str | Path, content: dict) -> None:
@@ -99,11 +99,6 @@ def outlive_signals(worker: int) -> None:
         threading.Thread(target=obey_the_run, daemon=True).start()
 
 
-def _given(settings: dict) -> dict:
-    """Without what is None: as good as not there, since the scripts may learn new settings."""
-    return {name: value for name, value in settings.items() if value is not None}
-
-
 class Keeper:
     """The checkpoint of one training run, and what is said where the run ends before its time.
 
@@ -140,7 +135,7 @@ class Keeper:
         self.args, self.experiment, self.config, self.processes = args, experiment, config, processes
         self.keep = keep or args.checkpoint is not None
         # What no record holds but a run cannot change on its way.
-        self.settings = _given(plain({**config, "log_quality": getattr(args, "log_quality", None)}))
+        self.settings = given(plain({**config, "log_quality": getattr(args, "log_quality", None)}))
         name = name or f"{config['data']}-{config['method']}-seed{config['seed']}"
         digest = hashlib.sha256(json.dumps([experiment, self.settings], sort_keys=True).encode()).hexdigest()[:8]
         self.path = Path(args.checkpoint or Path(args.out).parent / "checkpoints" / f"{name}-{digest}.pt")
@@ -193,7 +188,7 @@ class Keeper:
             what = found.get("experiment") or found.get("kind") or "something else"
             raise ValueError(f"{self.path} is of {what}, not of a run of {self.experiment}")
         missing = object()
-        before = _given(found["settings"])
+        before = given(found["settings"])
         differ = [
             f"{name} {self.settings.get(name)!r} given, {before.get(name)!r} in the checkpoint"
             for name in sorted({*self.settings, *before})

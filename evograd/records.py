@@ -153,9 +153,14 @@ def _identity(experiment: str, config: dict) -> str:
     return experiment + settings_key(config)
 
 
+def given(settings: dict) -> dict:
+    """Without what is None, which is as good as not there: the scripts may learn new settings."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
 def settings_key(config: dict, without: Iterable[str] = ()) -> str:
-    """Equal for equal settings. One that is None is as good as one that is not there: the scripts may learn new ones."""
-    return json.dumps({k: v for k, v in config.items() if v is not None and k not in without}, sort_keys=True)
+    """Equal for equal settings that are given."""
+    return json.dumps({k: v for k, v in given(config).items() if k not in without}, sort_keys=True)
 
 
 def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
