@@ -21,7 +21,7 @@ Each of these scripts prints the commands that it runs; with --print as the firs
 for a job scheduler. Results are appended to <experiment>/results/; afterwards
 
   .venv/bin/python -m rotation.plot                                        draws the figures again (each experiment has its own)
-  .venv/bin/python -m evograd.report                                       writes report/index.html from all result lines
+  .venv/bin/python -m evograd.lab.report                                       writes report/index.html from all result lines
 HELP
   exit 0
 fi
@@ -77,5 +77,5 @@ progress "cost of one step of each method of rotation and label noise, side by s
 "$PYTHON" -m label_noise_mwn.compare --repeats 3 --out $OUT/label_noise_mwn.jsonl
 progress "report"
 # What has just run comes last, and so stands for the committed runs of the same configuration.
-"$PYTHON" -m evograd.report $(ls */results/*.jsonl | grep -v ^report/) $OUT/*.jsonl --out report/index.html
+"$PYTHON" -m evograd.lab.report $(ls */results/*.jsonl | grep -v ^report/) $OUT/*.jsonl --out report/index.html
 echo "Open report/index.html in a browser."

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd import cli
+from evograd.lab import cli
+from evograd.lab.records import seed_everything
 from evograd.measuring import Cost, compare, flops, peak_bytes, seconds
-from evograd.records import seed_everything
 
 from .models import RESNETS
 from .train import Trainer, parse_args
@@ -37,11 +37,11 @@ def make_step(method, backbone, image_size, device):
     seen, unseen = torch.randn(2, args.n_way, args.n_shot + args.n_query, 3, image_size, image_size, device=device)
     images = torch.randn(args.auxiliary_batch, 3, image_size, image_size, device=device)
     classes = torch.arange(args.auxiliary_batch, device=device) % N_CLASSES
-    estimator = trainer.estimator
+    estimator = trainer.meta.estimator
 
     def step(**settings):
-        trainer.estimator = partial(estimator, **settings) if settings else estimator
-        return trainer.step(seen, unseen, images, classes, 1.0)
+        trainer.meta.estimator = partial(estimator, **settings) if settings else estimator
+        return trainer.step((seen, unseen, images, classes), 1.0)
 
     return step
 

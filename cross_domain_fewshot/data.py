@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from evograd.checkpoints import outlive_signals
+from evograd.lab.checkpoints import outlive_signals
 
 DATASETS = ("glyphs", "filelists")
 PAPER_DOMAINS = ("miniImagenet", "cub", "cars", "places", "plantae")  # the first one: encoder and auxiliary loss

@@ -9,41 +9,12 @@ of the difference to the first one with its own interval, which is narrower sinc
 import argparse
 from pathlib import Path
 
-import torch
+from evograd.lab import checkpoints, cli
+from evograd.lab.records import append_run
 
-from evograd import checkpoints, cli
-from evograd.distributed import ALONE
-from evograd.records import append_run
-
-from .data import DATASETS, TestEpisodes, cache_if_small, centred, load_domain, stream
-from .models import BACKBONES, HEADS, episode_targets
-
-TEST_SEED = 0  # of the episodes that train.py tests on: the same for all methods and seeds
-
-
-@torch.no_grad()
-def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE):
-    """Accuracy (%) of each test episode, (n_episodes,) on the CPU. settings: has n_way, n_shot, n_query, image_size.
-
-    Several processes take turns, and each gets all accuracies, those of the first process first.
-    """
-    episodes = TestEpisodes(images, seed, settings.n_way, settings.n_shot + settings.n_query)
-    device = next(model.parameters()).device
-    model.eval()
-    correct = []
-    own = range(processes.rank, n_episodes, processes.size)
-    loader = stream(episodes, own, n_workers, pin=device.type == "cuda")
-    for episode in processes.progress(loader, total=len(own), desc=f"test on {images.domain}", unit="episode"):
-        scores = model(centred(episode.to(device), settings.image_size), settings.n_shot)
-        correct.append((scores.argmax(1) == episode_targets(scores)).float().mean())
-    correct = torch.stack(correct).cpu() if correct else torch.empty(0)  # fewer episodes than processes
-    return torch.cat(processes.all(100 * correct))
-
-
-def interval(values):
-    """(mean, half width of its 95 % interval) of one number an episode."""
-    return values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5
-
+from .data import DATASETS, cache_if_small, load_domain
+from .models import BACKBONES, HEADS, model_of
+from .testing import TEST_SEED, interval, score
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
@@ -67,8 +38,6 @@ def parse_args(argv=None):
 
 def load_model(path, args):
     """(model, config) of a checkpoint; ValueError if it is not what `args` asks for."""
-    from .train import new_model  # train scores its own model by this module
-
     state = checkpoints.load(path)
     if state.get("kind") != "few-shot":
         raise ValueError(f"{path} is no checkpoint of train.py")
@@ -77,7 +46,7 @@ def load_model(path, args):
         asked = getattr(args, name, None)
         if asked and asked != config[name]:
             raise ValueError(f"{path} is of --{name} {config[name]}; --{name} {asked} was asked for")
-    model = new_model(config, state["n_classes"])
+    model = model_of(config, state["n_classes"])
     model.load_state_dict(state["model"])
     return model.to(args.device), config
 

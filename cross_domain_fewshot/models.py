@@ -9,6 +9,8 @@ recurrent cells are written out, since the fused ones have no such formulas, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -350,6 +352,12 @@ class FewShotModel(nn.Module):
             return self.classifier(pooled(self.encoder(images)))
         features = self.encoder(images.flatten(0, 1))
         return self.head(features.unflatten(0, images.shape[:2]), n_shot)
+
+
+def model_of(config: Mapping[str, object], n_classes: int) -> FewShotModel:
+    """The model of a run's configuration."""
+    names = ("backbone", "head", "n_way", "image_size", "width")
+    return FewShotModel(**{name: config[name] for name in names}, n_classes=n_classes, transform=config["method"] != "none")
 
 
 def classifier(encoder: Encoder, n_classes: int) -> nn.Sequential:

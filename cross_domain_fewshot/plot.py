@@ -8,8 +8,8 @@ import json
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from evograd import figures
-from evograd.figures import COLOURS
+from evograd.lab import figures
+from evograd.lab.figures import COLOURS
 
 TITLES = {
     "none": "no transformation",

@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from evograd import cli
-from evograd.records import write_text
+from evograd.lab import cli
+from evograd.lab.records import write_text
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLITS = ("base", "val", "novel")

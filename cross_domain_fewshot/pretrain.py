@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from evograd import checkpoints, cli
-from evograd.records import seed_everything
+from evograd.lab import checkpoints, cli
+from evograd.lab.records import seed_everything
 
 from .data import DATASETS, augmented, cache_if_small, centred, load_domain, stream
 from .models import BACKBONES, Encoder
@@ -97,10 +97,9 @@ def main(argv=None):
         "losses": losses,
         "hits": hits,
     }
-    progress = keeper.progress(n_steps, f"encoder {args.backbone} on {args.domain}", unit="batch")
     with keeper:
         loader = stream(batches, range(keeper.step, n_steps), n_workers, pin=args.device.type == "cuda")
-        for step in keeper.steps(n_steps, state):
+        for step in keeper.steps(n_steps, state, f"encoder {args.backbone} on {args.domain}", unit="batch"):
             if step % batches.per_epoch == 0:
                 losses, hits = [], []
             x, y = (t.to(args.device, non_blocking=True) for t in next(loader))
@@ -113,11 +112,8 @@ def main(argv=None):
             optimizer.step()
             losses.append(loss.detach())
             hits.append((logits.argmax(1) == y).float().mean())
-            progress.update()
             if (step + 1) % batches.per_epoch == 0:
-                accuracy = 100 * torch.stack(hits).mean().item()
-                progress.set_postfix(loss=f"{keeper.mean(losses):.3f}", accuracy=f"{accuracy:.1f} %")
-    progress.close()
+                keeper.show(loss=keeper.mean(losses), accuracy=100 * torch.stack(hits).mean().item())
     states = {name: part.state_dict() for name, part in parts.items()}
     with cli.exit_on_bad_input():
         checkpoints.save(args.out, {"kind": "encoder", "config": config, "step": n_steps, **states})

@@ -13,9 +13,9 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from evograd import checkpoints, cli
-from evograd.quality import agreement
-from evograd.records import append_run, mean_std, seed_everything
+from evograd.comparison import agreement
+from evograd.lab import checkpoints, cli
+from evograd.lab.records import append_run, mean_std, seed_everything
 
 from .data import TrainingSteps, cache_if_small, load_domain, stream
 from .models import transformations
@@ -71,7 +71,8 @@ def main(argv=None):
             torch.manual_seed(args.seed * 1_000_003 + t)  # the same draws of the transformations for all
             return estimate().grads
 
-        estimates = trainer.estimates(train_loss, val_loss)
+        problem = (train_loss, val_loss, trainer.model, trainer.hyperparameters)
+        estimates = trainer.meta.estimates(*problem, parameters=list(trainer.episodic), lr=settings.lr)
         exact = grads(estimates.pop("exact"))
         for name, estimate in estimates.items():
             grad, values = grads(estimate), seen.setdefault(name, {})

@@ -16,9 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from evograd import cli
+from evograd.lab import cli
+from evograd.lab.records import append_run, seed_everything
 from evograd.measuring import peak_bytes
-from evograd.records import append_run, seed_everything
 
 from .compare import PLAIN, counted, make_step
 from .models import RESNETS

@@ -12,46 +12,41 @@ pseudo-unseen one, without transformations. The record of the run (accuracy on e
 """
 
 import random
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 
-from evograd import checkpoints, cli, distributed
-from evograd.quality import QualityLog, estimates
-from evograd.records import check_writable, seed_everything
+from evograd.lab import checkpoints, cli
+from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.processes import ALONE, processes
+from evograd.lab.records import seed_everything
 
 from .data import DATASETS, GLYPH_FONTS, PAPER_DOMAINS, TrainingSteps, augmented, cache_if_small, centred, load_domain, stream
-from .evaluate import TEST_SEED, interval, score
-from .models import BACKBONES, HEADS, FewShotModel, episode_loss, transformations
+from .models import BACKBONES, HEADS, episode_loss, model_of, transformations
+from .testing import TEST_SEED, interval, score
 
-METHODS = ("none", "fixed", *cli.ESTIMATORS)
+# around: these differentiate through the update that was made, with the same draws of the transformations. T1-T2 makes an SGD
+# step of its own from the parameters before it.
+# inner_lr, η: that of the model's update. With a given lookahead it is only the scale of the hypergradient, which Adam does not
+# see.
+# temperature, τ: a guided perturbation is σ√P long, in the one direction that matters: with the paper's the softmax is one-hot.
+METHODS = table(
+    baseline("none"),
+    baseline("fixed"),
+    learned("evograd", temperature=0.05),
+    learned("evograd_guided", around="step", temperature=1.0, inner_lr=1e-3),
+    learned("mixed_mode", around="step", inner_lr=1e-3),
+    learned("second_order", around="before", inner_lr=1e-3),
+    learned("finite_difference", around="step", inner_lr=1e-3),
+    learned("neumann", inner_lr=1e-3),
+    learned("conjugate_gradient"),
+    reads=("transform_lr",),
+)
 BY_DATA = {  # what depends on the data: the paper's settings, and small ones for glyphs
     "glyphs": dict(backbone="conv4", image_size=28, width=32, n_query=8, epochs=30, episodes=10, test_episodes=600),
     "filelists": dict(backbone="resnet10", image_size=None, width=64, n_query=16, epochs=400, episodes=100, test_episodes=1000),
 }
 IMAGE_SIZE = {"conv4": 84, "conv6": 84}  # a ResNet's is 224
-# τ. A guided perturbation is σ√P long, in the one direction that matters: with the paper's temperature the softmax is one-hot.
-TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
-# η: that of the model's update. With a given lookahead it is only the scale of the hypergradient, which Adam does not see.
-INNER_LR = dict.fromkeys(("evograd_guided", "mixed_mode", "second_order", "finite_difference", "neumann"), 1e-3)
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr", "transform_lr", "log_quality")
-READS = {
-    "none": (),
-    "fixed": (),
-    "evograd": (*CANDIDATES, "share"),
-    "evograd_guided": CANDIDATES,
-    "mixed_mode": ("inner_lr", "transform_lr", "log_quality"),
-    "second_order": ("inner_lr", "inner_steps", "transform_lr", "log_quality"),
-    "finite_difference": ("inner_lr", "transform_lr", "log_quality"),
-    "neumann": ("inner_lr", "inner_steps", "transform_lr", "log_quality"),
-    "conjugate_gradient": ("inner_steps", "transform_lr", "log_quality"),
-}
-# These differentiate through the update that was made: the training loss is taken at the parameters before it, with the same
-# draws of the transformations. Guided and mixed mode take the validation gradient at the parameters after it, which costs
-# a copy of the parameters and no computation; T1-T2 makes an SGD step of its own.
-AROUND_THE_UPDATE = ("evograd_guided", "mixed_mode", "finite_difference", "second_order")
-LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
 
 
 def parse_args(argv=None):
@@ -89,13 +84,10 @@ def parse_args(argv=None):
     )
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
-    cli.refuse_unread(parser, args, READS)
     fill_defaults(args)
-    cli.check_processes(parser, args, {"--n-query": args.n_query, "--auxiliary-batch": args.auxiliary_batch})
+    cli.settle(parser, args, METHODS, {"--n-query": args.n_query, "--auxiliary-batch": args.auxiliary_batch})
     if args.method == "evograd_guided":
         args.share = None  # candidates that are shared out have draws of their own, not those of the update that was made
-    args.temperature = args.temperature or TEMPERATURE.get(args.method)
-    args.inner_lr = args.inner_lr or INNER_LR.get(args.method)
     args.seen = args.seen or [d for d in (GLYPH_FONTS if args.data == "glyphs" else PAPER_DOMAINS) if d != args.held_out]
     if args.held_out in args.seen:
         parser.error(f"--held-out {args.held_out} is among the seen domains ({', '.join(args.seen)}); it must not be seen")
@@ -123,19 +115,13 @@ def run_name(args):
     return f"{args.data}-{args.held_out}-{args.backbone}-{args.head}-{args.n_shot}shot-{args.method}-seed{args.seed}"
 
 
-def new_model(config, n_classes):
-    """The model of a run's configuration."""
-    names = ("backbone", "head", "n_way", "image_size", "width")
-    return FewShotModel(**{name: config[name] for name in names}, n_classes=n_classes, transform=config["method"] != "none")
-
-
 class Trainer:
     """Model, transformations, their optimizers and one step of each: what train, compare and quality need."""
 
-    def __init__(self, args, n_classes, processes=distributed.ALONE):
+    def __init__(self, args, n_classes, processes=ALONE):
         self.args, self.processes = args, processes
-        self.estimator = cli.estimators(args, processes).get(args.method)  # none for the baselines
-        self.model = new_model(vars(args), n_classes)
+        self.meta = MetaStep(METHODS[args.method], args, processes)
+        self.model = model_of(vars(args), n_classes)
         if args.device.type != "cpu":  # Module.to cannot move fake tensors, not even nowhere
             self.model.to(args.device)
         self.hyperparameters = [p for module in transformations(self.model).values() for p in module.parameters()]
@@ -145,13 +131,19 @@ class Trainer:
         self.episodic = {name: p for name, p in named.items() if not name.startswith("classifier.")}
         self.weights = list(named.values())
         self.optimizer = torch.optim.Adam(self.weights, lr=args.lr)
-        if self.estimator is not None:
-            self.transform_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.transform_lr, weight_decay=1e-8)
+        if self.meta.learns:
+            self.meta_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.transform_lr, weight_decay=1e-8)
         for p in self.hyperparameters:
             p.requires_grad_(False)
         self.ordinary = processes.data_parallel(self.model, self.weights)  # the same parameters
         self.draws = random.Random(args.seed)  # seeds of the transformations' noise, one a step
-        self.n_steps, self.quality = 0, QualityLog(args.seed)
+
+    def part(self, batch):
+        """Where torchrun started several processes: this one's queries, with the whole support, and its auxiliary images."""
+        seen, unseen, images, classes = batch
+        part, n_shot = self.processes.part, self.args.n_shot
+        queries = lambda episode: torch.cat([episode[:, :n_shot], part(episode[:, n_shot:], dim=1)], dim=1)
+        return queries(seen), queries(unseen) if unseen.numel() else unseen, part(images), part(classes)
 
     def losses(self, seen, unseen):
         """(ℓ_T, ℓ_V) as functions of the model: episodes with transformations in training, and without in eval mode."""
@@ -167,21 +159,15 @@ class Trainer:
 
         return train_loss, val_loss
 
-    def step(self, seen, unseen, images, classes, auxiliary_weight):
+    def step(self, batch, auxiliary_weight):
         """The model's update on the pseudo-seen episode, then that of γ and β. Returns the training loss.
 
-        seen, unseen: (n_way, n_shot + n_query, 3, size, size).  images, classes: those of the auxiliary loss.
+        batch: (seen, unseen, images, classes), episodes (n_way, n_shot + n_query, 3, size, size) and those of the auxiliary loss.
         """
-        own_seen, own_unseen, images, classes = self.own(seen, unseen, images, classes)
-        if self.args.share == "batch":
-            seen, unseen = own_seen, own_unseen
-        train_loss, val_loss = self.losses(seen, unseen)
+        (own_seen, own_unseen, images, classes), (seen, unseen, *_) = self.processes.divide(batch, self.args.share, self.part)
         own_loss, _ = self.losses(own_seen, own_unseen)
+        before = self.meta.remember(self.episodic.items())
         draw = self.draws.getrandbits(62)
-        before = {}
-        log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
-        if self.args.method in AROUND_THE_UPDATE or log_quality:
-            before = {name: p.detach().clone() for name, p in self.episodic.items()}
 
         torch.manual_seed(draw)
         self.optimizer.zero_grad()
@@ -193,56 +179,31 @@ class Trainer:
         self.optimizer.step()
         self.processes.average_buffers(self.model)
 
-        if self.estimator is not None:
+        if self.meta.learns:
             self.optimizer.zero_grad()  # their memory is free for the candidates
-            around = {"parameters": list(self.episodic)}
-            if self.args.method in AROUND_THE_UPDATE:
-                torch.manual_seed(draw)
-                around["parameters"] = before
-            if self.args.method in LOOKAHEAD:
-                around["lookahead"] = self.episodic
-            for p in self.hyperparameters:
-                p.requires_grad_(True)
-            if log_quality:
-                self.quality.add(self.n_steps, self.estimates(train_loss, val_loss, before), seen.device)
-            result = self.estimator(train_loss, val_loss, self.model, self.hyperparameters, **around)
-            for p, gradient in zip(self.hyperparameters, result.grads):
-                p.requires_grad_(False)  # in the model's own update no map is kept for them
-                p.grad = gradient
-            self.transform_optimizer.step()
-        self.n_steps += 1
+            self.meta_step(*self.losses(seen, unseen), before, draw)
         return self.processes.mean(loss.detach())
 
-    def own(self, seen, unseen, images, classes):
-        """Where torchrun started several processes: this one's queries, with the whole support, and its auxiliary images."""
-        if self.processes.size == 1:
-            return seen, unseen, images, classes
-        part, n_shot = self.processes.part, self.args.n_shot
-        queries = lambda episode: torch.cat([episode[:, :n_shot], part(episode[:, n_shot:], dim=1)], dim=1)
-        return queries(seen), queries(unseen) if unseen.numel() else unseen, part(images), part(classes)
-
-    def estimates(self, train_loss, val_loss, theta=None):
-        """The estimators that are compared with exact T1-T2, at `theta`: the parameters before the model's update, or now's."""
-        return estimates(
-            train_loss,
-            val_loss,
-            self.model,
-            self.hyperparameters,
-            inner_lr=INNER_LR["second_order"],
-            generator=self.quality.generator,
-            sigma=self.args.sigma,
-            parameters=theta or list(self.episodic),
-            made=self.episodic if theta else None,
-        )
+    def meta_step(self, train_loss, val_loss, before, draw):
+        """The update of γ and β. In the model's own no map is kept for them.  draw: of the noise, for those around that update."""
+        if self.meta.around:
+            torch.manual_seed(draw)
+        for p in self.hyperparameters:
+            p.requires_grad_(True)
+        problem = (train_loss, val_loss, self.model, self.hyperparameters)
+        result = self.meta(*problem, before, parameters=list(self.episodic), lr=self.args.lr)
+        for p, gradient in zip(self.hyperparameters, result.grads):
+            p.requires_grad_(False)
+            p.grad = gradient
+        self.meta_optimizer.step()
 
     def state_dict(self):
-        learned = {} if self.estimator is None else {"transform_optimizer": self.transform_optimizer.state_dict()}
+        learned = {"transform_optimizer": self.meta_optimizer.state_dict()} if self.meta.learns else {}
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "draws": self.draws.getstate(),
-            "n_steps": self.n_steps,
-            "quality": self.quality.state_dict(),
+            "quality": self.meta.state_dict(),
             **learned,
         }
 
@@ -250,10 +211,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.draws.setstate(state["draws"])
-        self.n_steps = state["n_steps"]
-        self.quality.load_state_dict(state["quality"])
-        if self.estimator is not None:
-            self.transform_optimizer.load_state_dict(state["transform_optimizer"])
+        self.meta.load_state_dict({"n_calls": state.get("n_steps"), **state["quality"]})
+        if self.meta.learns:
+            self.meta_optimizer.load_state_dict(state["transform_optimizer"])
 
 
 def auxiliary_weight(epoch, epochs):
@@ -309,19 +269,35 @@ def softplus_means(model):
     )
 
 
+def describe(trainer, history, accuracies):
+    """The metrics of a run that has ended. history: γ and β by layer, after each epoch."""
+    mean, half_width = interval(accuracies)
+    metrics = {"accuracy": mean, "interval": half_width}
+    if not trainer.meta.learns:
+        return metrics
+    every = max(1, len(history) // 100)
+    return {
+        **metrics,
+        "layers": list(transformations(trainer.model)),
+        "epochs": list(range(1, len(history) + 1, every)),
+        "gamma": [[round(v, 5) for v in values[0]] for values in history[::every]],
+        "beta": [[round(v, 5) for v in values[1]] for values in history[::every]],
+        **trainer.meta.metrics(),
+    }
+
+
 def main(argv=None):
     args = parse_args(argv)
-    with distributed.processes(args.device) as processes:
-        run(args, processes)
+    with processes(args.device) as several:
+        run(args, several)
 
 
 def run(args, processes):
     keeper = checkpoints.Keeper(args, "cross_domain_fewshot", recorded(args), processes, name=run_name(args), keep=True)
     with cli.exit_on_bad_input():
-        check_writable(args.out)
-        if keeper.done():
+        found = keeper.start()
+        if found is None:
             return
-        found = keeper.resume()
         n_images = args.n_shot + args.n_query
         domains = [load_domain(args.data, args.data_dir, name, "base", args.image_size) for name in args.seen]
         test = load_domain(args.data, args.data_dir, args.held_out, "novel", args.image_size)
@@ -336,7 +312,7 @@ def run(args, processes):
     n_workers = 0 if in_memory else args.workers
 
     n_steps = args.epochs * args.episodes
-    learns = trainer.estimator is not None
+    learns = trainer.meta.learns
     steps = TrainingSteps(domains, args.seed, args.episodes, args.n_way, n_images, args.auxiliary_batch, learns)
     losses, history = [], []  # of this epoch; γ and β by layer, after each epoch
     generator = torch.Generator()  # of the augmentations
@@ -344,7 +320,6 @@ def run(args, processes):
         trainer.load_state_dict(found)
         losses, history = [loss.to(args.device) for loss in found["losses"]], found["history"]
         generator.set_state(found["augmentations"])
-    start = perf_counter() - found.get("seconds", 0)
     state = lambda: {  # episodes follow from the seed and the step
         "kind": "few-shot",
         "n_classes": n_classes,
@@ -352,41 +327,26 @@ def run(args, processes):
         "losses": losses,
         "history": history,
         "augmentations": generator.get_state(),
-        "seconds": perf_counter() - start,
     }
-    progress = keeper.progress(n_steps, run_name(args), unit="episode")
     with keeper:
         batches = stream(steps, range(keeper.step, n_steps), n_workers, pin=args.device.type == "cuda")
-        for step in keeper.steps(n_steps, state):
+        for step in keeper.steps(n_steps, state, run_name(args), unit="episode"):
             epoch = step // args.episodes
             if step % args.episodes == 0:
                 losses = []
                 generator.manual_seed(args.seed * 1_000_003 + epoch)
-            batch = prepare(args, next(batches), generator)
-            losses.append(trainer.step(*batch, auxiliary_weight(epoch, args.epochs)))
-            progress.update()
+            losses.append(trainer.step(prepare(args, next(batches), generator), auxiliary_weight(epoch, args.epochs)))
             if (step + 1) % args.episodes == 0:
                 if learns:
                     history.append([values.tolist() for values in softplus_means(trainer.model)])
-                progress.set_postfix(loss=f"{keeper.mean(losses):.3f}")
-    progress.close()
-    seconds = perf_counter() - start
+                means = zip(("gamma", "beta"), history[-1]) if learns else ()
+                keeper.show(loss=keeper.mean(losses), **{name: sum(values) / len(values) for name, values in means})
 
     accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers, processes)
-    mean, half_width = interval(accuracies)
-    metrics = {"accuracy": mean, "interval": half_width, "train_loss": torch.stack(losses).mean()}
-    if learns:
-        every = max(1, args.epochs // 100)
-        metrics |= {
-            "layers": list(transformations(trainer.model)),
-            "epochs": list(range(1, args.epochs + 1, every)),
-            "gamma": [[round(v, 5) for v in values[0]] for values in history[::every]],
-            "beta": [[round(v, 5) for v in values[1]] for values in history[::every]],
-        }
-        if args.log_quality:
-            metrics |= trainer.quality.metrics()
-    keeper.record(metrics, {"seconds": seconds, "seconds_per_step": seconds / n_steps})
-    print(f"{run_name(args)}: {mean:.2f} ± {half_width:.2f} % of {args.test_episodes} episodes, {seconds:.0f} s")
+    metrics = describe(trainer, history, accuracies) | {"train_loss": torch.stack(losses).mean()}
+    keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps})
+    result = f"{metrics['accuracy']:.2f} ± {metrics['interval']:.2f} % of {args.test_episodes} episodes"
+    print(f"{run_name(args)}: {result}, {keeper.clock.seconds:.0f} s")
 
 
 if __name__ == "__main__":

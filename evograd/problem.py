@@ -118,9 +118,7 @@ class Problem:
 
         Buffers are copies: what BatchNorm gathers from a candidate is thrown away.
         """
-        tensors = {**self.fixed, **parameters, **{name: b.clone() for name, b in self.model.named_buffers()}}
-        calls = _Calls(lambda model: self.scalar(closure, model), self.model)
-        return functional_call(calls, {f"model.{name}": t for name, t in tensors.items()}, ())
+        return at(self.model, {**self.fixed, **parameters}, lambda model: self.scalar(closure, model))
 
     def scalar(self, closure: Closure, model: nn.Module) -> Tensor:
         """closure(model), checked to be a scalar. Modes that the closure sets are its own: the next one does not see them."""
@@ -221,6 +219,12 @@ class Problem:
             torch.set_rng_state(state[0])
             for device, s in zip(self.cuda_devices, state[1:]):
                 torch.cuda.set_rng_state(s, device)
+
+
+def at(model: nn.Module, parameters: Mapping[str, Tensor], function: Callable):
+    """function(model) with `parameters` in place of the model's own, and on copies of its buffers."""
+    tensors = {**parameters, **{name: b.clone() for name, b in model.named_buffers()}}
+    return functional_call(_Calls(function, model), {f"model.{name}": t for name, t in tensors.items()}, ())
 
 
 class _Calls(nn.Module):

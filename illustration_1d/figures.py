@@ -2,8 +2,8 @@
 
 import matplotlib.pyplot as plt
 
-from evograd import figures
-from evograd.figures import COLOURS
+from evograd.lab import figures
+from evograd.lab.figures import COLOURS
 
 
 def plot_hypergradients(lam, truth, limit, limit_at_optimum, estimates, at_optimum, path):

@@ -15,9 +15,9 @@ from time import perf_counter
 
 import torch
 
-from evograd import cli
+from evograd.lab import cli
 from evograd.hypergradient import candidate_weights, loss_coefficients
-from evograd.records import append_run, seed_everything
+from evograd.lab.records import append_run, seed_everything
 
 from .figures import plot_hypergradients, plot_trajectories
 

@@ -13,9 +13,9 @@ from contextlib import nullcontext
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd import cli
+from evograd.lab import cli
+from evograd.lab.records import append_run, seed_everything
 from evograd.measuring import compare, seconds
-from evograd.records import append_run, seed_everything
 
 from .data import CIFAR_MEAN, CIFAR_STD, Source, make_task
 from .models import MODELS

@@ -8,8 +8,8 @@ import statistics
 
 import matplotlib.pyplot as plt
 
-from evograd import figures
-from evograd.figures import COLOURS
+from evograd.lab import figures
+from evograd.lab.figures import COLOURS
 
 TITLES = {
     "cross_entropy": "cross-entropy",

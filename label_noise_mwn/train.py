@@ -14,7 +14,6 @@ noise as it was drawn, cost of a step) is appended to --out as one JSON line.
 
 import argparse
 from pathlib import Path
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +21,30 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 
-from evograd import checkpoints, cli, distributed
-from evograd.data import batches
+from evograd.lab import cli
+from evograd.lab.checkpoints import Keeper
+from evograd.lab.data import batches
+from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.processes import ALONE, processes
+from evograd.lab.records import seed_everything, step_cost
 from evograd.measuring import measure
-from evograd.quality import QualityLog, estimates
-from evograd.records import check_writable, seed_everything
 
 from .data import DATASETS, NOISES, load, make_task
 from .models import MODELS, weight_net
 
-METHODS = ("cross_entropy", *cli.ESTIMATORS)
+# weight_input: whose losses the weight net sees: each candidate's own, as in the authors' code, or those of the model for all.
+# temperature, τ: guided candidates lie σ√P from the model in the one direction that matters: with the paper's the softmax saturates.
+METHODS = table(
+    baseline("cross_entropy"),
+    learned("evograd", holds="weight_input", temperature=0.05, weight_input="candidate"),
+    learned("evograd_guided", around="step", holds="weight_input", temperature=1.0, weight_input="model"),
+    learned("mixed_mode", around="step", weight_input="model"),
+    learned("second_order", weight_input="model"),
+    learned("finite_difference", around="step", holds="weight_input", weight_input="model"),
+    learned("neumann", weight_input="model"),
+    learned("conjugate_gradient", weight_input="model"),
+    reads=("meta_every", "meta_optimizer", "meta_lr", "normalize_weights"),
+)
 CIFAR = dict(
     model="resnet32", epochs=60, meta_images=1000, val_images=1000, lr=0.1, crop_padding=4, flip=True,
     meta_optimizer="sgd", meta_lr=1e-3,
@@ -40,26 +53,6 @@ DIGITS = dict(
     model="small", epochs=60, meta_images=100, val_images=100, lr=0.05, crop_padding=1, flip=False,
     meta_optimizer="adam", meta_lr=3e-3,
 )  # fmt: skip
-# τ. Guided candidates lie σ√P from the model in the one direction that matters: with the paper's τ the softmax saturates.
-TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
-# The weight net's input: each candidate's own losses, as in the authors' code, or those of the model for all candidates.
-WEIGHT_INPUT = {method: "candidate" if method == "evograd" else "model" for method in cli.ESTIMATORS}
-# These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
-# really made, which costs one copy of the parameters and no computation.
-LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
-COMPILED = ("evograd", "evograd_guided", "finite_difference")
-META = ("meta_every", "meta_optimizer", "meta_lr", "normalize_weights", "log_quality")
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "weight_input", "inner_lr")
-READS = {
-    "cross_entropy": (),
-    "evograd": (*META, *CANDIDATES, "share"),
-    "evograd_guided": META + CANDIDATES,
-    "mixed_mode": (*META, "inner_lr"),
-    "second_order": (*META, "inner_lr", "inner_steps"),
-    "finite_difference": (*META, "weight_input", "inner_lr"),
-    "neumann": (*META, "inner_lr", "inner_steps"),
-    "conjugate_gradient": (*META, "inner_steps"),
-}
 MOMENTUM = dict(momentum=0.9, nesterov=True, weight_decay=5e-4)  # of the model's SGD and of the weight net's
 LOSS_GRID = torch.linspace(0, 10, 101)  # at which the learned weight is recorded
 
@@ -92,8 +85,7 @@ def parse_args(argv=None):
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
 
-    cli.refuse_unread(parser, args, READS)
-    cli.check_processes(parser, args, {"--batch-size": args.batch_size})
+    cli.settle(parser, args, METHODS, {"--batch-size": args.batch_size})
     if args.compile and args.log_quality:
         parser.error("--compile given, but not all estimators of --log-quality can use it; leave out one of them")
     if args.noise == "given" and args.noise_level is not None:
@@ -103,8 +95,6 @@ def parse_args(argv=None):
     for name, value in (DIGITS if args.data == "digits" else CIFAR).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.temperature = args.temperature or TEMPERATURE.get(args.method)
-    args.weight_input = args.weight_input or WEIGHT_INPUT.get(args.method)
     args.out = args.out or f"label_noise_mwn/results/{data_name(args)}.jsonl"
     return args
 
@@ -117,9 +107,9 @@ def data_name(args):
 class Trainer:
     """Model, weight net, their optimizers and one step of each: what train and compare both need."""
 
-    def __init__(self, args, task, processes=distributed.ALONE):
+    def __init__(self, args, task, processes=ALONE):
         self.args, self.task, self.processes = args, task, processes
-        self.estimator = cli.estimators(args, processes).get(args.method)  # none for cross_entropy
+        self.meta = MetaStep(METHODS[args.method], args, processes)
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
         with args.device:
             self.model = MODELS[args.model](task.n_classes, task.train.images.shape[1])
@@ -139,9 +129,16 @@ class Trainer:
         self.meta_random = torch.Generator(args.device).manual_seed(args.seed + 1)
         self.train_batches = batches(len(task.train), args.batch_size, self.random)
         self.meta_batches = batches(len(task.meta), args.batch_size, self.meta_random)
-        self.n_steps, self.quality = 0, QualityLog(args.seed)
+        self.n_steps = 0
 
-    def batch(self, split, index, generator):
+    def batch(self):
+        """Noisy images and labels, then meta images and labels: (what this process trains on, what its estimator sees)."""
+        batch = self.images(self.task.train, next(self.train_batches), self.random)
+        if self.meta.learns:  # in every step, so that --meta-every does not change who comes next
+            batch += self.images(self.task.meta, next(self.meta_batches), self.meta_random)
+        return self.processes.divide(batch, self.args.share)
+
+    def images(self, split, index, generator):
         images = self.task.augmented(split.images[index], self.args.crop_padding, self.args.flip, generator)
         return images.contiguous(memory_format=self.format), split.labels[index]
 
@@ -150,106 +147,78 @@ class Trainer:
 
         total: of the weights, where these losses are those of a part of the batch.
         """
-        if self.estimator is None:
+        if not self.meta.learns:
             return losses.mean()
         weights = self.weight_net(inputs.detach().unsqueeze(1)).squeeze(1)
         return (weights * losses).sum() / (total(weights).clamp_min(1e-8) if self.args.normalize_weights else len(losses))
 
     def step(self):
         """One update of the weight net (if it is its turn) and one of the model. Returns the training loss."""
-        args = self.args
-        x, y = self.batch(self.task.train, next(self.train_batches), self.random)
-        meta_turn = self.estimator is not None and self.n_steps % args.meta_every == 0
-        log_quality = args.log_quality and self.n_steps % args.log_quality == 0
-        if self.estimator is not None:  # in every step, so that neither --meta-every nor --log-quality changes who comes next
-            x_meta, y_meta = self.batch(self.task.meta, next(self.meta_batches), self.meta_random)
-        own_x, own_y = self.processes.part(x), self.processes.part(y)  # where torchrun started several processes
-        if args.share == "batch":  # weights are then divided by their sum in the process's part
-            x, y, x_meta, y_meta = own_x, own_y, self.processes.part(x_meta), self.processes.part(y_meta)
-        # The paper's order is the weight net first. With weight_input "model" the model comes first: its step has the losses
-        # that the weight net needs, and shows where θ goes.
-        known_losses = args.weight_input == "model" and args.method in ("evograd", *LOOKAHEAD)
-        model_first = meta_turn and (known_losses or args.method in LOOKAHEAD)
+        (x, y, *_), batch = self.batch()
+        meta_turn = self.meta.learns and self.n_steps % self.args.meta_every == 0
+        if meta_turn and not self.meta.around:  # the paper's order
+            self.meta_step(batch)
 
-        def train_loss(model, inputs=None):
-            losses = F.cross_entropy(self.logits(model, x), y, reduction="none")
-            return self.weighted_mean(losses, losses if inputs is None else inputs)
-
-        def val_loss(model):
-            return F.cross_entropy(self.logits(model, x_meta), y_meta)
-
-        if meta_turn and not model_first:
-            self.meta_step(train_loss, val_loss)
-
-        if model_first or log_quality:
-            before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            logits = self.ordinary(own_x)
-        losses = F.cross_entropy(logits.float(), own_y, reduction="none")
+        before = self.meta.remember(self.model.named_parameters()) if meta_turn else None
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
+            logits = self.ordinary(x)
+        losses = F.cross_entropy(logits.float(), y, reduction="none")
         loss = self.weighted_mean(losses, losses, lambda weights: self.processes.mean(weights.sum()))
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()  # their memory is free for the candidates
         self.processes.average_buffers(self.model)
 
-        if log_quality:
-            self.log_quality(train_loss, val_loss, before, losses.detach())
-        if model_first:
-            known = losses.detach() if args.share == "batch" else self.processes.whole(losses.detach())
-            closure = (lambda model: train_loss(model, known)) if known_losses else train_loss
-            around = {"parameters": before}
-            if args.method in LOOKAHEAD:
-                around["lookahead"] = dict(self.model.named_parameters())
-            self.meta_step(closure, val_loss, **around)
+        if meta_turn and self.meta.around:  # this step has the losses that the weight net needs, and shows where θ goes
+            known = losses.detach()
+            self.meta_step(batch, before, known if self.args.share == "batch" else self.processes.whole(known))
         self.n_steps += 1
         return self.processes.mean(loss.detach())
 
-    def logits(self, model, x):
-        """model(x), compiled where that is asked for and helps: forward mode and double backward fall back, and only lose."""
-        return (self.compiled if self.args.method in COMPILED and model is self.model else model)(x)
+    def meta_step(self, batch, before=None, known=None):
+        """The weight net's update. known: the samples' losses at θ; EvoGrad has its own scale, T1-T2 the model's current rate."""
+        x, y, x_meta, y_meta = batch  # with --share batch weights are divided by their sum in the process's part
 
-    def meta_step(self, train_loss, val_loss, **around):
-        """The weight net's update. EvoGrad as in the paper has its own scale; T1-T2 looks ahead by the model's current rate."""
-        if self.args.method not in ("evograd", "conjugate_gradient"):
-            around["inner_lr"] = self.args.inner_lr or self.lr
-        result = self.estimator(train_loss, val_loss, self.model, list(self.weight_net.parameters()), **around)
+        def sample_losses(model):
+            return F.cross_entropy(self.logits(model, x), y, reduction="none")
+
+        def train_loss(model, inputs=None):
+            losses = sample_losses(model)
+            return self.weighted_mean(losses, losses if inputs is None else inputs)
+
+        def val_loss(model):
+            return F.cross_entropy(self.logits(model, x_meta), y_meta)
+
+        problem = (train_loss, val_loss, self.model, list(self.weight_net.parameters()))
+        result = self.meta(*problem, before, held=sample_losses if known is None else known, lr=self.lr)
         for p, gradient in zip(self.weight_net.parameters(), result.grads):
             p.grad = gradient
         self.meta_optimizer.step()
+
+    def logits(self, model, x):
+        """model(x), compiled where that is asked for and helps: forward mode and double backward fall back, and only lose."""
+        return (self.compiled if self.meta.method.estimator.first_order and model is self.model else model)(x)
 
     @property
     def lr(self):
         return self.optimizer.param_groups[0]["lr"]
 
-    def log_quality(self, train_loss, val_loss, theta, losses):
-        """Every estimate at `theta`, before the model's step, beside T1-T2 on the same batches.
-
-        Where no derivative is taken by the losses that the weight net sees, the candidates have those of θ, or (…_candidate,
-        and the paper's evograd) their own.
-        """
-        problem = (val_loss, self.model, list(self.weight_net.parameters()))
-        common = dict(inner_lr=self.lr, generator=self.quality.generator, sigma=self.args.sigma, parameters=theta)
-        common["made"] = dict(self.model.named_parameters())
-        own = estimates(train_loss, *problem, **common)
-        known = estimates(lambda model: train_loss(model, losses), *problem, **common)
-        chosen = {n: known[n] if n.startswith(("guided", "finite")) else estimate for n, estimate in own.items()}
-        chosen |= {f"{name}_model": known[name] for name in ("evograd_k2", "evograd_k10")}
-        chosen |= {f"{name}_candidate": own[name] for name in ("guided_sgd", "guided_made")}
-        self.quality.add(self.n_steps, chosen, self.args.device)
-
-    PARTS = ("model", "weight_net", "optimizer", "meta_optimizer", "train_batches", "meta_batches", "quality")
+    def parts(self):
+        """What a checkpoint holds, by the names that it has there."""
+        names = ("model", "weight_net", "optimizer", "meta_optimizer", "train_batches", "meta_batches")
+        return {name: getattr(self, name) for name in names} | {"quality": self.meta}
 
     def state_dict(self):
-        parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        parts = {name: part.state_dict() for name, part in self.parts().items()}
         random = {"random": self.random.get_state(), "meta_random": self.meta_random.get_state()}
         return {**parts, **random, "n_steps": self.n_steps}
 
     def load_state_dict(self, state):
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+        self.n_steps = state["n_steps"]
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name] if name != "quality" else {"n_calls": self.n_steps, **state[name]})
         self.random.set_state(state["random"])
         self.meta_random.set_state(state["meta_random"])
-        self.n_steps = state["n_steps"]
 
 
 @torch.no_grad()
@@ -282,19 +251,42 @@ def describe_weights(net, losses, noisy):
     }
 
 
+def describe(trainer, task, curves, weight_curves):
+    """The metrics of a run that has ended."""
+    best = max(range(len(curves["val_accuracy"])), key=lambda epoch: curves["val_accuracy"][epoch])
+    noisy = task.train.labels != task.train.clean
+    metrics = {
+        "test_accuracy_last": curves["test_accuracy"][-1],
+        "test_accuracy_best": curves["test_accuracy"][best],  # of the epoch that the validation images choose
+        "best_epoch": best + 1,
+        **curves,
+        "noise_rate": noisy.double().mean(),
+        # Row by row, the labels that a class is given with what probability; those that are zero left out.
+        "noise_matrix": [{j: round(p, 6) for j, p in enumerate(row) if p > 0} for row in task.noise_matrix.tolist()],
+    }
+    if not trainer.meta.learns:
+        return metrics
+    return {
+        **metrics,
+        **describe_weights(trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train)[0], noisy),
+        "weight_losses": [round(value, 3) for value in LOSS_GRID.tolist()],
+        "weight_curves": {e: [round(w, 4) for w in curve.tolist()] for e, curve in weight_curves.items()},
+        **trainer.meta.metrics(),
+    }
+
+
 def main(argv=None):
     args = parse_args(argv)
-    with distributed.processes(args.device) as processes:
-        run(args, processes)
+    with processes(args.device) as several:
+        run(args, several)
 
 
 def run(args, processes):
-    keeper = checkpoints.Keeper(args, "label_noise_mwn", {**cli.config_of(args), "data": data_name(args)}, processes)
+    keeper = Keeper(args, "label_noise_mwn", {**cli.config_of(args), "data": data_name(args)}, processes)
     with cli.exit_on_bad_input():
-        check_writable(args.out)
-        if keeper.done():
+        found = keeper.start()
+        if found is None:
             return
-        found = keeper.resume()
         with processes.first_alone():
             source = load(args.data, args.data_dir, args.download)
         task = make_task(
@@ -317,20 +309,16 @@ def run(args, processes):
         scheduler.load_state_dict(found["scheduler"])
         curves, weight_curves = found["curves"], found["weight_curves"]
         losses = [loss.to(args.device) for loss in found["losses"]]
-    start = perf_counter() - found.get("seconds", 0)
     state = lambda: {
         "trainer": trainer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "curves": curves,
         "weight_curves": weight_curves,
         "losses": losses,
-        "seconds": perf_counter() - start,
     }
-    progress = keeper.progress(args.epochs * steps_an_epoch, label)
     with keeper:
-        for step in keeper.steps(args.epochs * steps_an_epoch, state):
+        for step in keeper.steps(args.epochs * steps_an_epoch, state, label):
             losses.append(trainer.step())
-            progress.update()
             if (step + 1) % steps_an_epoch:
                 continue
             epoch = (step + 1) // steps_an_epoch
@@ -339,42 +327,17 @@ def run(args, processes):
             losses = []
             for part in ("val", "test"):
                 curves[f"{part}_accuracy"].append(losses_and_accuracy(trainer.model, task, getattr(task, part))[1])
-            progress.set_postfix({name: f"{values[-1]:.2f}" for name, values in curves.items()})
+            keeper.show(**{name: values[-1] for name, values in curves.items()})
             if epoch in kept_epochs:
                 weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
-    progress.close()
-    seconds = perf_counter() - start
 
-    best = max(range(args.epochs), key=lambda epoch: curves["val_accuracy"][epoch])
-    noisy = task.train.labels != task.train.clean
-    metrics = {
-        "test_accuracy_last": curves["test_accuracy"][-1],
-        "test_accuracy_best": curves["test_accuracy"][best],  # of the epoch that the validation images choose
-        "best_epoch": best + 1,
-        **curves,
-        "noise_rate": noisy.double().mean(),
-        # Row by row, the labels that a class is given with what probability; those that are zero left out.
-        "noise_matrix": [
-            {j: round(p, 6) for j, p in enumerate(row) if p > 0} for row in task.noise_matrix.tolist()
-        ],
-    }  # fmt: skip
-    if trainer.estimator is not None:
-        metrics |= describe_weights(trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train)[0], noisy)
-        metrics["weight_losses"] = [round(value, 3) for value in LOSS_GRID.tolist()]
-        metrics["weight_curves"] = {e: [round(w, 4) for w in curve.tolist()] for e, curve in weight_curves.items()}
-        if args.log_quality:
-            metrics |= trainer.quality.metrics()
-    args.log_quality = None  # what follows is the step's own cost
-    step_cost = measure(trainer.step, repeats=5, warmup=1)  # after the training, whose result is taken
-    cost = {"seconds": seconds, "seconds_per_step": step_cost.seconds}
-    cost |= {"peak_bytes": step_cost.peak_bytes, "flops": step_cost.flops}
-    keeper.record(metrics, cost)
+    metrics = describe(trainer, task, curves, weight_curves)
+    args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
+    keeper.record(metrics, step_cost(measure(trainer.step, repeats=5, warmup=1)))
     auc = metrics.get("weight_auc")
-    result = (
-        f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {metrics['test_accuracy_best']:.2f} % at the best"
-    )
-    result += f" epoch ({best + 1})" + ("" if auc is None else f", area under the ROC curve of the weights {auc:.3f}")
-    print(f"{label}: {result}, {seconds:.0f} s")
+    result = f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {metrics['test_accuracy_best']:.2f} % at the best"
+    result += f" epoch ({metrics['best_epoch']})" + ("" if auc is None else f", area under the ROC curve of the weights {auc:.3f}")
+    print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd import cli
+from evograd.lab import cli
+from evograd.lab.methods import MAIN
+from evograd.lab.records import append_run, seed_everything
 from evograd.measuring import by_architecture, compare
-from evograd.records import append_run, seed_everything
 
 from .data import Batch, toy_language
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
@@ -38,7 +39,7 @@ def random_batch(n, length, n_ids, device):
     return Batch(ids, None, positions, torch.randint(N_LABELS, positions.shape, device=device), [length - 2] * n)
 
 
-def trainers_and_steps(make_encoder, length, batch_size, device, methods=cli.ESTIMATORS[:4]):
+def trainers_and_steps(make_encoder, length, batch_size, device, methods=MAIN):
     """{method: one step of it}, each on an encoder of its own."""
     result = {}
     for method in ("joint_training", *methods):
@@ -65,7 +66,7 @@ def xlm_r(size):
     return XLMRobertaModel(config, add_pooling_layer=False)
 
 
-def architecture_costs(size, length, batch_size, methods=cli.ESTIMATORS[:4]):
+def architecture_costs(size, length, batch_size, methods=MAIN):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
         steps = trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu"), methods)

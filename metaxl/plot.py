@@ -4,9 +4,9 @@ from collections import defaultdict
 
 import matplotlib.pyplot as plt
 
-from evograd import figures
-from evograd.figures import COLOURS
-from evograd.records import mean_std
+from evograd.lab import figures
+from evograd.lab.figures import COLOURS
+from evograd.lab.records import mean_std
 
 TITLES = {
     "target_only": "target only",

@@ -12,58 +12,49 @@ other half of each batch of target sentences. Dev F1 chooses the epoch whose par
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from evograd import checkpoints, cli, distributed, hypergradient
-from evograd.data import batches
+from evograd import hypergradient
+from evograd.lab import cli
+from evograd.lab.checkpoints import Keeper
+from evograd.lab.data import batches
+from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.processes import ALONE, processes
+from evograd.lab.records import seed_everything
 from evograd.measuring import flops, peak_bytes
-from evograd.quality import QualityLog, estimates
-from evograd.records import check_writable, seed_everything
 
 from .data import DATASETS, Batch, Examples, download_wikiann, load
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
 
-METHODS = ("joint_training", "target_only", *cli.ESTIMATORS)
+# perturb: whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
+# rtn_input: what RTNs see in the training loss of the candidates: what reaches them in each, or what did in the model, for all.
+# It is detached, so T1-T2 takes it as a constant; candidates that see their own differ in it.
+# inner_lr, η: where the lookahead is given it is only the scale of the hypergradient; the others take the model's learning rate.
+METHODS = table(
+    baseline("joint_training"),
+    baseline("target_only"),
+    learned("evograd", holds="rtn_input", temperature=0.05, sigma=1e-3, perturb="head", rtn_input="candidate"),
+    learned(
+        "evograd_guided", around="step", holds="rtn_input", temperature=1.0, inner_lr=0.1, perturb="all", rtn_input="model"
+    ),
+    learned("mixed_mode", around="step", inner_lr=0.1, perturb="all"),
+    learned("second_order", perturb="all"),
+    learned("finite_difference", around="step", holds="rtn_input", inner_lr=0.1, perturb="all", rtn_input="model"),
+    learned("neumann", perturb="all"),
+    learned("conjugate_gradient", perturb="all"),
+    reads=("perturb", "rtn_lr", "rtn_layers"),
+)
+RADIUS = 0.02  # of guided candidates: σ√P, whatever P is
 # By data set: languages, encoder, epochs (of the source sentences), sentences, longest sentence, learning rates of θ and of λ.
 REAL = dict(source="en", encoder="xlm-roberta-base", epochs=20, source_size=5000, max_length=200, lr=3e-5, rtn_lr=1e-6)
 TOY = dict(source="north", encoder="tiny", epochs=5, source_size=1000, max_length=64, lr=1e-3, rtn_lr=1e-3)
 DEFAULTS = {"toy": TOY | {"target": "south"}, "ner": REAL | {"target": "qu"}, "sentiment": REAL | {"target": "fa"}}
-# Whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
-PERTURB = {method: "head" if method == "evograd" else "all" for method in cli.ESTIMATORS}
-# What RTNs see in the training loss of the candidates: what reaches them in each, or what did in the model, for all candidates.
-# It is detached, so T1-T2 takes it as a constant; candidates that see their own differ in it.
-RTN_INPUT = {"evograd": "candidate", "evograd_guided": "model", "finite_difference": "model"}
-TEMPERATURE = {"evograd": 0.05, "evograd_guided": 1.0}
-# η. Where the lookahead is given it is only the scale of the hypergradient; second_order takes the model's learning rate.
-INNER_LR = {"evograd_guided": 0.1, "mixed_mode": 0.1, "finite_difference": 0.1}
-SIGMA = {"evograd": 1e-3}
-RADIUS = 0.02  # of guided candidates: σ√P, whatever P is
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
-RTN = ("perturb", "rtn_lr", "rtn_layers", "log_quality")
-READS = {
-    "joint_training": (),
-    "target_only": (),
-    "evograd": (*CANDIDATES, *RTN, "rtn_input", "share"),
-    "evograd_guided": (*CANDIDATES, *RTN, "rtn_input"),
-    "mixed_mode": ("inner_lr", *RTN),
-    "second_order": ("inner_lr", "inner_steps", *RTN),
-    "finite_difference": ("inner_lr", *RTN, "rtn_input"),
-    "neumann": ("inner_lr", "inner_steps", *RTN),
-    "conjugate_gradient": ("inner_steps", *RTN),
-}
-# These take the validation gradient after the model's update and the training loss before it: T1-T2 through the step that was
-# really made, which costs one copy of the perturbed parameters and no computation.
-LOOKAHEAD = ("evograd_guided", "mixed_mode", "finite_difference")
-DOUBLE_BACKWARD = ("second_order", "neumann", "conjugate_gradient")
 
 
 def parse_args(argv=None):
@@ -90,45 +81,48 @@ def parse_args(argv=None):
     group.add_argument(
         "--rtn-layers", type=cli.at_least(1), nargs="+", metavar="N", help="after these layers; default: the last"
     )
-    group.add_argument("--perturb", choices=("head", "all"), help=f"parameters that the estimator works on; default: {PERTURB}")
+    group.add_argument("--perturb", choices=("head", "all"), help="parameters that the estimator works on; default: by method")
     group.add_argument(
         "--rtn-input", choices=("candidate", "model"), help="whose states RTNs see, with --perturb all; default: by method"
     )
     cli.add_evograd_arguments(parser)
     parser.set_defaults(sigma=None)
     args = parser.parse_args(argv)
-    cli.refuse_unread(parser, args, READS)
-    cli.check_processes(parser, args, {})
+    given = args.rtn_input
+    cli.settle(parser, args, METHODS, {})
     if args.download and args.data != "ner":
         parser.error(f"--download given, but it fetches WikiAnn, which --data {args.data} does not read")
+    learns = METHODS[args.method].estimator is not None
     for name, value in DEFAULTS[args.data].items():
-        if getattr(args, name) is None and not (name == "rtn_lr" and not READS[args.method]):
+        if getattr(args, name) is None and (learns or name != "rtn_lr"):
             setattr(args, name, value)
-    args.perturb = args.perturb or PERTURB.get(args.method)
-    if args.common_random_numbers and args.perturb == "head":
+    if args.perturb == "head":
+        check_head(parser, args, given)
+    for flag, n in {"--batch-size": args.batch_size, "--target-size": args.target_size}.items():
+        if n // (2 if learns else 1) < (args.processes or 1):
+            parser.error(f"{flag} {n} is too small for {args.processes} processes: each needs a sentence of every part")
+    if args.method in ("second_order", "neumann"):
+        args.inner_lr = args.inner_lr or args.lr
+    args.out = args.out or f"metaxl/results/{args.data}.jsonl"
+    return args
+
+
+def check_head(parser, args, rtn_input):
+    """Where the classifier alone is perturbed: what cannot be had, and what has no meaning."""
+    if args.common_random_numbers:
         parser.error(
             "--common-random-numbers given, but with --perturb head all candidates have the same features, drawn once; "
             "--perturb all reads it"
         )
-    if args.method == "finite_difference" and args.perturb == "head":
+    if args.method == "finite_difference":
         parser.error(
             "--perturb head given, but finite_difference goes back twice through features that are there once; it accepts all"
         )
-    if args.rtn_input and args.perturb == "head":
+    if rtn_input:
         parser.error(
-            f"--rtn-input {args.rtn_input} given, but with --perturb head no state below the RTNs moves; --perturb all reads it"
+            f"--rtn-input {rtn_input} given, but with --perturb head no state below the RTNs moves; --perturb all reads it"
         )
-    if args.perturb == "all":
-        args.rtn_input = args.rtn_input or RTN_INPUT.get(args.method)
-    halves = 2 if READS[args.method] else 1
-    for flag, n in {"--batch-size": args.batch_size, "--target-size": args.target_size}.items():
-        if n // halves < (args.processes or 1):
-            parser.error(f"{flag} {n} is too small for {args.processes} processes: each needs a sentence of every part")
-    args.temperature = args.temperature or TEMPERATURE.get(args.method)
-    args.sigma = args.sigma or SIGMA.get(args.method)
-    args.inner_lr = args.inner_lr or (args.lr if args.method in ("second_order", "neumann") else INNER_LR.get(args.method))
-    args.out = args.out or f"metaxl/results/{args.data}.jsonl"
-    return args
+    args.rtn_input = None
 
 
 @dataclass
@@ -143,48 +137,53 @@ class Step:
 class Trainer:
     """Tagger, its RTN, their optimizers and one step of each: what train and compare both need."""
 
-    def __init__(self, args, model, n_steps, processes=distributed.ALONE):
+    def __init__(self, args, model, n_steps, processes=ALONE):
         self.args, self.model, self.processes = args, model, processes
-        self.hyperparameters, theta = model.hyperparameters(), model.theta()
+        self.hyperparameters, self.theta = model.hyperparameters(), model.theta()
         self.perturbed = "head." if args.perturb == "head" else ""
         self.sigma = args.sigma
         if args.method == "evograd_guided" and args.sigma is None:
-            n_perturbed = sum(p.numel() for p in (model.head.parameters() if args.perturb == "head" else theta))
-            self.sigma = RADIUS / n_perturbed**0.5
-        # none for joint_training and target_only
-        self.estimator = cli.estimators(argparse.Namespace(**{**vars(args), "sigma": self.sigma}), processes).get(args.method)
-        self.theta = theta
-        self.ordinary = processes.data_parallel(model, theta)  # the same parameters
-        self.n_steps, self.quality = 0, QualityLog(args.seed)
-        self.optimizer = torch.optim.Adam(theta, lr=args.lr)
+            self.sigma = RADIUS / sum(p.numel() for _, p in self._named(self.perturbed)) ** 0.5
+        self.meta = MetaStep(METHODS[args.method], args, processes, **({"sigma": self.sigma} if self.sigma else {}))
+        self.ordinary = processes.data_parallel(model, self.theta)  # the same parameters
+        self.n_steps = 0
+        self.optimizer = torch.optim.Adam(self.theta, lr=args.lr)
         warm_up = max(1, n_steps // 10)
         decay = lambda step: min((step + 1) / warm_up, max(0.0, (n_steps - step) / max(1, n_steps - warm_up)))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, decay)
-        if self.estimator is not None:
+        if self.meta.learns:
             # T1-T2 hypergradients of an inner step of 3e-5 are no larger than Adam's usual eps, which would hold the RTN still.
-            self.rtn_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.rtn_lr, eps=1e-15)
+            self.meta_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.rtn_lr, eps=1e-15)
 
     def step(self, step):
         """The model's update, then the RTN's. Returns the training loss."""
-        transform = self.estimator is not None
-        batches = (
-            [(step.target, False)] if self.args.method == "target_only" else [(step.source, transform), (step.target, False)]
-        )
-        around_the_update = self.args.method in LOOKAHEAD or self.args.rtn_input == "model"
-        before = {name: p.detach().clone() for name, p in self._named(self.perturbed)} if around_the_update else None
-        log_quality = self.args.log_quality and self.n_steps % self.args.log_quality == 0
-        everything = {name: p.detach().clone() for name, p in self._named("")} if log_quality else None
+        own, step = self.processes.divide(step, self.args.share, self.part)
+        before = self.meta.remember(self._named("" if self.meta.compares else self.perturbed))
+        held = self.rtn_inputs(step.source) if self.meta.holds and own is not step else None
+        seen = [] if self.meta.holds and own is step else None  # by the RTNs: the pass of this step shows it for nothing
 
-        seen, record = [], None  # by the RTNs, on the source sentences
-        if self.args.rtn_input == "model" and self.processes.size > 1 and self.args.share != "batch":
-            seen = self.rtn_inputs(step.source)  # of all sentences: this process trains on a part of them
-        elif self.args.rtn_input == "model":
-            record = seen  # the training step's own pass shows it for nothing
+        loss = self.backward(own, seen)
+        torch.nn.utils.clip_grad_norm_(self.theta, 10.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
 
-        loss = torch.zeros((), device=step.target.labels.device)
+        if self.meta.learns:
+            result = self.hypergradient(step, before, held if seen is None else self.whole_batch(seen))
+            for p, gradient in zip(self.hyperparameters, result.grads):
+                p.grad = gradient
+            self.meta_optimizer.step()
+        self.n_steps += 1
+        return self.processes.mean(loss)
+
+    def backward(self, step, record):
+        """Gradients by θ of the loss on source and target sentences, --accumulate parts at a time. Returns the loss."""
         self.processes.seed(self.args.seed, self.n_steps)  # of the dropout
-        own = [(self.own(batch), transform) for batch, transform in batches]  # where torchrun started several processes
-        parts = [(part, transform) for batch, transform in own for part in batch.split(self.args.accumulate)]
+        chosen = [(step.target, False)]
+        if self.args.method != "target_only":
+            chosen.insert(0, (step.source, self.meta.learns))
+        parts = [(part, transform) for batch, transform in chosen for part in batch.split(self.args.accumulate)]
+        loss = torch.zeros((), device=step.target.labels.device)
         for i, (part, transform) in enumerate(parts, start=1):
             checkpointing = self.model.checkpointing(self.args.gradient_checkpointing)
             with self.processes.averaging(self.ordinary, last=i == len(parts)), checkpointing:
@@ -192,38 +191,24 @@ class Trainer:
                     part_loss = cross_entropy(self.ordinary(part, transform, record=record), part)
                 part_loss.backward(inputs=self.theta)
             loss += part_loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.theta, 10.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
+        return loss
 
-        if log_quality:
-            self.log_quality(step, everything)
-        if self.estimator is not None:
-            if self.args.share == "batch":
-                step = Step(*map(self.own, (step.source, step.target, step.val)))
-            self.processes.seed(self.args.seed, self.n_steps, alike=True)
-            held = self.whole_batch(seen) if self.args.rtn_input == "model" else None
-            for p, gradient in zip(self.hyperparameters, self.hypergradient(step, before, held).grads):
-                p.grad = gradient
-            self.rtn_optimizer.step()
-        self.n_steps += 1
-        return self.processes.mean(loss)
+    def part(self, step):
+        """This process's sentences; the mean over all processes of the losses on them is that on the whole batches."""
 
-    def own(self, batch):
-        """This process's sentences; the mean over all processes of the losses on them is that on the whole batch."""
-        if self.processes.size == 1:
-            return batch
-        part = batch.split(self.processes.size)[self.processes.rank]
-        return replace(part, share=part.share * self.processes.size)
+        def own(batch):
+            part = batch.split(self.processes.size)[self.processes.rank]
+            return replace(part, share=part.share * self.processes.size)
+
+        return Step(own(step.source), own(step.target), None if step.val is None else own(step.val))
 
     @torch.no_grad()
-    def rtn_inputs(self, batch):
+    def rtn_inputs(self, batch, model=None):
         """What each RTN sees on these sentences."""
         seen = []
         self.processes.seed(self.args.seed, self.n_steps, alike=True)
-        self.model(batch, transform=True, record=seen)
-        return seen
+        (model or self.model)(batch, transform=True, record=seen)
+        return self.whole_batch(seen)
 
     def whole_batch(self, seen):
         """What each RTN has seen, part by part of the batch -> on the whole batch, in the parameters' dtype."""
@@ -231,35 +216,23 @@ class Trainer:
         return [torch.cat(seen[i::n]).to(self.theta[0].dtype) for i in range(n)]
 
     def hypergradient(self, step, before=None, held=None):
-        """dℓ_V/dλ, in float32.
-
-        before: the perturbed parameters before the model's update, around which candidates lie.  held: what the RTNs see.
-        """
-        around = {}
-        if before is not None:
-            around = {"parameters": before}
-            if self.args.method in LOOKAHEAD:
-                around["lookahead"] = dict(self._named(self.perturbed))
-            if self.args.perturb == "head":
-                around = {key: {n.removeprefix("head."): p for n, p in tensors.items()} for key, tensors in around.items()}
+        """dℓ_V/dλ, in float32.  before: θ before the model's update, around which candidates lie.  held: what the RTNs see."""
+        self.processes.seed(self.args.seed, self.n_steps, alike=True)
+        settings = dict(held=held, lr=self.args.lr, compared=partial(self.estimates, step, before))
         if self.args.share:
-            around["generator"] = self.processes.generator(self.args.seed, self.n_steps)
+            settings["generator"] = self.processes.generator(self.args.seed, self.n_steps)
         if self.args.perturb == "head":
-            train_loss, val_loss = self.head_losses(step)
             if self.args.method in ("evograd", "evograd_guided"):
-                around["strategy"] = "retain"  # the candidates share the graph of x_source: one backward pass for all of them
-            return self.estimator(train_loss, val_loss, self.model.head, self.hyperparameters, **around)
-
-        train_loss, val_loss = self.losses(step, held)
+                settings["strategy"] = "retain"  # the candidates share the graph of x_source: one backward pass for all of them
+            return self.meta(*self.head_losses(step), self.model.head, self.hyperparameters, of_head(before), **settings)
         # fused attention has neither a double backward nor formulas for forward mode
-        plain = self.args.method in ("mixed_mode", *DOUBLE_BACKWARD)
-        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            return self.estimator(train_loss, val_loss, self.model, self.hyperparameters, **around)
+        with contextlib.nullcontext() if self.meta.method.estimator.first_order else sdpa_kernel(SDPBackend.MATH):
+            return self.meta(*self.losses(step), self.model, self.hyperparameters, before, **settings)
 
-    def losses(self, step, held=None):
+    def losses(self, step):
         """(ℓ_T, ℓ_V) as functions of the tagger.  held: what the RTNs see; None: what reaches them in that tagger."""
 
-        def train_loss(model):
+        def train_loss(model, held=None):
             on_source = cross_entropy(model(step.source, transform=True, held=held), step.source)
             return on_source + cross_entropy(model(step.target), step.target)
 
@@ -286,49 +259,49 @@ class Trainer:
 
         return train_loss, val_loss
 
-    def log_quality(self, step, before):
-        """Every estimate at the parameters `before` the model's update, beside T1-T2 over all of them.
-
-        …_head: EvoGrad perturbs the classifier alone, on cached features. Guided candidates and finite differences have RTNs
-        that see what reaches them at `before`, or (…_candidate) their own states.
-        """
-        common = dict(inner_lr=self.args.lr, generator=self.quality.generator)
-        made = dict(self._named(""))
-        sigma = RADIUS / sum(p.numel() for p in self.theta) ** 0.5
-        of = (self.model, self.hyperparameters)
-        settings = dict(sigma=sigma, parameters=before, made=made, **common)
-        with torch.random.fork_rng(devices=[d for d in [step.source.labels.device] if d.type == "cuda"]), torch.no_grad():
-            held = []  # drawn as exact T1-T2 draws
-            functional_call(self.model, before, (step.source,), {"transform": True, "record": held})
-        own, with_held = (estimates(*self.losses(step, h), *of, **settings) for h in (None, held))
-        chosen = {n: with_held[n] if n.startswith(("guided", "finite")) else estimate for n, estimate in own.items()}
-        chosen |= {f"{name}_candidate": own[name] for name in ("guided_sgd", "guided_made")}
-
-        head = {name.removeprefix("head."): p for name, p in before.items() if name.startswith("head.")}
+    def estimates(self, step, before):
+        """Every estimate at θ `before` the model's update, over all of it; …_head: EvoGrad perturbs the classifier, on features."""
+        problem = (*self.losses(step), self.model, self.hyperparameters)
+        see = lambda model: self.rtn_inputs(step.source, model)
+        chosen = self.meta.estimates(*problem, before, lr=self.args.lr, held=see)
 
         def on_head(n_candidates):
+            settings = dict(inner_lr=self.args.lr, generator=self.meta.quality.generator, strategy="retain")
             problem = (*self.head_losses(step), self.model.head, self.hyperparameters)
-            return hypergradient(*problem, n_candidates=n_candidates, strategy="retain", parameters=head, **common)
+            return hypergradient(*problem, n_candidates=n_candidates, parameters=of_head(before), **settings)
 
         chosen |= {f"evograd_k{k}_head": partial(on_head, k) for k in (2, 10, 50)}
-        with sdpa_kernel(SDPBackend.MATH):
-            self.quality.add(self.n_steps, chosen, step.source.labels.device)
+        return {name: partial(_with_plain_attention, estimate) for name, estimate in chosen.items()}
 
     def state_dict(self):
-        learned = {} if self.estimator is None else {"rtn_optimizer": self.rtn_optimizer.state_dict()}
+        learned = {"rtn_optimizer": self.meta_optimizer.state_dict()} if self.meta.learns else {}
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
-        return {**parts, **learned, "quality": self.quality.state_dict(), "n_steps": self.n_steps}
+        return {**parts, **learned, "quality": self.meta.state_dict(), "n_steps": self.n_steps}
 
     def load_state_dict(self, state):
-        state = dict(state)
-        self.n_steps = state.pop("n_steps")
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+        self.n_steps = state["n_steps"]
+        for name in ("model", "optimizer", "schedule"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.meta.learns:
+            self.meta_optimizer.load_state_dict(state["rtn_optimizer"])
+        self.meta.load_state_dict({"n_calls": self.n_steps, **state["quality"]})
 
     def _named(self, prefix):
         """Parameters of θ whose names begin so."""
         hyper = {id(p) for p in self.hyperparameters}
         return [(n, p) for n, p in self.model.named_parameters() if n.startswith(prefix) and id(p) not in hyper]
+
+
+def of_head(parameters):
+    """The classifier's among the tagger's parameters, by the names that they have there."""
+    if parameters is None:
+        return None
+    return {name.removeprefix("head."): p for name, p in parameters.items() if name.startswith("head.")}
+
+
+def _with_plain_attention(estimate):
+    with sdpa_kernel(SDPBackend.MATH):
+        return estimate()
 
 
 def cross_entropy(scores, batch):
@@ -344,7 +317,7 @@ class Steps:
         self.random = torch.Generator().manual_seed(args.seed)
         self.source_batches = batches(len(source), args.batch_size, self.random)
         self.target_batches = batches(len(target), args.batch_size, self.random)
-        self.validates = bool(READS[args.method])
+        self.validates = METHODS[args.method].estimator is not None
 
     def __iter__(self):
         return self
@@ -437,7 +410,7 @@ def prepare(args):
         )
     if args.gradient_checkpointing and not encoder.supports_gradient_checkpointing:
         raise ValueError(f"--gradient-checkpointing: {type(encoder).__name__} has none")
-    rtn_layers = (args.rtn_layers or [encoder.config.num_hidden_layers]) if READS[args.method] else ()
+    rtn_layers = (args.rtn_layers or [encoder.config.num_hidden_layers]) if METHODS[args.method].estimator else ()
     seed_everything(args.seed)  # the head is drawn before the RTN: the same for every method
     model = Tagger(encoder, len(corpus.labels), rtn_layers).to(args.device)
     # Training sentences are cut at --max-length, the others only where the encoder ends.
@@ -448,19 +421,29 @@ def prepare(args):
     return model, examples, corpus.labels
 
 
+def describe(trainer, data, start, last):
+    """What the RTN has learned. data: {language: sentences}.  start, last: λ before and after training."""
+    norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()
+    return {
+        "rtn_moved": norm([b - a for a, b in zip(start, last)]) / norm(start),  # ‖λ − λ₀‖ / ‖λ₀‖
+        "sigma": trainer.sigma,
+        "gates": {language: gates(trainer.model, examples, trainer.args.device) for language, examples in data.items()},
+        **trainer.meta.metrics(),
+    }
+
+
 def main(argv=None):
     args = parse_args(argv)
-    with distributed.processes(args.device) as processes:
-        run(args, processes)
+    with processes(args.device) as several:
+        run(args, several)
 
 
 def run(args, processes):
-    keeper = checkpoints.Keeper(args, "metaxl", {**cli.config_of(args), "encoder": encoder_name(args.encoder)}, processes)
+    keeper = Keeper(args, "metaxl", {**cli.config_of(args), "encoder": encoder_name(args.encoder)}, processes)
     with cli.exit_on_bad_input():
-        check_writable(args.out)
-        if keeper.done():
+        found = keeper.start()
+        if found is None:
             return
-        found = keeper.resume()
         with processes.first_alone():
             for language in (args.source, args.target) if args.download else ():
                 download_wikiann(args.data_dir, language)
@@ -470,81 +453,50 @@ def run(args, processes):
     if cut:
         print(f"{what}: sentences that are too long and are cut: {cut}. In dev and test the lost words count as O")
     steps_an_epoch = max(1, len(examples["source"]) // args.batch_size)
-    trainer = Trainer(args, model, args.epochs * steps_an_epoch, processes)
-    model.train()
+    n_steps = args.epochs * steps_an_epoch
+    trainer = Trainer(args, model.train(), n_steps, processes)
     start_of_lambda = [p.detach().clone() for p in trainer.hyperparameters]
     data = Steps(args, examples["source"], examples["train"])
     gold = {split: [s.labels for s in examples[split].sentences] for split in ("dev", "test")}
     score = lambda split: f1(args.data, gold[split], predict(model, examples[split], args.device, labels))
 
-    dev_f1, losses, best, best_epoch, seconds = [], [], None, None, 0.0
-    epoch_losses = []  # tensors on the device, read at the end of the epoch
+    # losses: of this epoch, tensors on the device, read at its end
+    seen = {"dev_f1": [], "losses": [], "best": None, "best_epoch": None, "epoch_losses": []}
     if found:
         trainer.load_state_dict(found["trainer"])
         data.load_state_dict(found["data"])
-        dev_f1, losses, seconds = found["dev_f1"], found["losses"], found["seconds"]
-        best, best_epoch = found["best"], found["best_epoch"]
-        epoch_losses = [loss.to(args.device) for loss in found["epoch_losses"]]
-    state = lambda: {
-        "trainer": trainer.state_dict(),
-        "data": data.state_dict(),
-        "dev_f1": dev_f1,
-        "losses": losses,
-        "best": best,
-        "best_epoch": best_epoch,
-        "seconds": seconds + perf_counter() - start,
-        "epoch_losses": epoch_losses,
-    }
-    progress = keeper.progress(args.epochs * steps_an_epoch, what)
-    start = perf_counter()
+        seen = {name: found[name] for name in seen}
+        seen["epoch_losses"] = [loss.to(args.device) for loss in seen["epoch_losses"]]
+    state = lambda: {"trainer": trainer.state_dict(), "data": data.state_dict(), **seen}
     with keeper:
-        for step in keeper.steps(args.epochs * steps_an_epoch, state):
-            epoch_losses.append(trainer.step(next(data)))
-            progress.update()
+        for step in keeper.steps(n_steps, state, what):
+            seen["epoch_losses"].append(trainer.step(next(data)))
             if (step + 1) % steps_an_epoch:
                 continue
-            losses.append(keeper.mean(epoch_losses))
-            epoch_losses = []
-            seconds += perf_counter() - start
-            dev_f1.append(score("dev"))
-            progress.set_postfix(loss=f"{losses[-1]:.3f}", dev_f1=f"{dev_f1[-1]:.1f}")
-            if dev_f1[-1] == max(dev_f1):  # of equal ones the last
-                best = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
-                best_epoch = (step + 1) // steps_an_epoch
-            start = perf_counter()
-    progress.close()
+            seen["losses"].append(keeper.mean(seen["epoch_losses"]))
+            seen["epoch_losses"] = []
+            with keeper.paused():
+                seen["dev_f1"].append(score("dev"))
+                keeper.show(loss=seen["losses"][-1], dev_f1=seen["dev_f1"][-1])
+                if seen["dev_f1"][-1] == max(seen["dev_f1"]):  # of equal ones the last
+                    seen["best"] = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+                    seen["best_epoch"] = (step + 1) // steps_an_epoch
 
     last = [p.detach().clone() for p in trainer.hyperparameters]
-    model.load_state_dict(best)
-    metrics = {
-        "test_f1": score("test"),
-        "dev_f1": max(dev_f1),
-        "best_epoch": best_epoch,
-        "dev_f1_epochs": dev_f1,
-        "train_loss_epochs": losses,
-    }
-    if trainer.hyperparameters:
-        norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()
-        moved = [b - a for a, b in zip(start_of_lambda, last)]
-        metrics["rtn_moved"] = norm(moved) / norm(start_of_lambda)  # ‖λ − λ₀‖ / ‖λ₀‖
-        metrics["sigma"] = trainer.sigma
-        metrics["gates"] = {
-            args.source: gates(model, examples["source"], args.device),
-            args.target: gates(model, examples["dev"], args.device),
-        }
-        if args.log_quality:
-            metrics |= trainer.quality.metrics()
-    args.log_quality = None  # what follows is the step's own cost
-    step = lambda: trainer.step(next(data))  # after the training, whose result is taken
-    cost = {
-        "seconds": seconds,
-        "seconds_per_step": seconds / (args.epochs * steps_an_epoch),
-        "peak_bytes": peak_bytes(step),
-        "flops": flops(step),
-    }
-    keeper.record(metrics, cost)
-    result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {best_epoch}), {seconds:.0f} s"
-    print(f"{what}: {result}")
+    model.load_state_dict(seen["best"])
+    metrics = {"test_f1": score("test"), "dev_f1": max(seen["dev_f1"]), "best_epoch": seen["best_epoch"]}
+    metrics |= {"dev_f1_epochs": seen["dev_f1"], "train_loss_epochs": seen["losses"]}
+    if trainer.meta.learns:
+        languages = {args.source: examples["source"], args.target: examples["dev"]}
+        metrics |= describe(trainer, languages, start_of_lambda, last)
+    args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
+    step = lambda: trainer.step(next(data))
+    keeper.record(
+        metrics,
+        {"seconds_per_step": keeper.clock.seconds / n_steps, "peak_bytes": peak_bytes(step), "flops": flops(step)},
+    )
+    result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {metrics['best_epoch']})"
+    print(f"{what}: {result}, {keeper.clock.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -20,4 +20,4 @@ first_commands() { # the encoder that the few-shot run starts from
 }
 
 source resources/run_commands.sh
-[ "${1:-}" = --print ] || "$PYTHON" -m evograd.figures
+[ "${1:-}" = --print ] || "$PYTHON" -m evograd.lab.figures

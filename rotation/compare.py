@@ -5,9 +5,9 @@
 A step is the model's update and the angle's, on batches of 128 embedded digits; "plain" is the model's update alone.
 """
 
-from evograd import cli
+from evograd.lab import cli
+from evograd.lab.records import seed_everything
 from evograd.measuring import compare
-from evograd.records import seed_everything
 
 from .data import load
 from .train import Trainer, parse_args

@@ -2,10 +2,11 @@
 
 import matplotlib.pyplot as plt
 
-from evograd import figures
-from evograd.figures import COLOURS, TITLES
+from evograd.lab import figures
+from evograd.lab.figures import COLOURS, TITLES
+from evograd.lab.methods import CANDIDATES
 
-from .train import CANDIDATES, parse_args
+from .train import parse_args
 
 
 def plot_angles(runs, path):

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from evograd import checkpoints
-from evograd.data import batches
+from evograd.lab import checkpoints
+from evograd.lab.data import batches
 from evograd.measuring import Cost
-from evograd.records import append_run
+from evograd.lab.records import append_run
 
 # The tiniest settings, and how many steps they make.
 TINY = {

@@ -27,9 +27,9 @@ from cross_domain_fewshot.models import (
     episode_targets,
     transformations,
 )
-from evograd import checkpoints
+from evograd.lab import checkpoints
 from evograd.baselines import unrolled
-from evograd.records import append_run
+from evograd.lab.records import append_run
 from tests.test_checkpoints import assert_equal
 from tests.test_scripts import shell
 
@@ -281,21 +281,23 @@ def test_same_seed_same_run(tmp_path):
 
 def test_hypergradients_see_the_draws_of_the_update(tmp_path):
     """Guided candidates, mixed mode and T1-T2 take the training loss with the noise of the model's own update."""
-    for method in train.AROUND_THE_UPDATE:
+    around = {m.name: m.around for m in train.METHODS.values() if m.around}
+    assert list(around) == ["evograd_guided", "mixed_mode", "second_order", "finite_difference"]
+    for method in around:
         args = train.parse_args(["--method", method, *TINY, "--out", str(tmp_path / "runs.jsonl")])
         trainer = train.Trainer(args, 4)
         losses = []
-        estimator = trainer.estimator
+        estimator = trainer.meta.estimator
 
-        def spy(train_loss, *rest, parameters, **around):
+        def spy(train_loss, *rest, parameters, **settings):
             losses.append(torch.func.functional_call(Call(trainer.model, train_loss), prefixed(parameters), ()).item())
             torch.manual_seed(0)
-            assert (set(around) == {"lookahead"}) == (method in train.LOOKAHEAD)
-            return estimator(train_loss, *rest, parameters=parameters, **around)
+            assert (set(settings) == {"lookahead"}) == (around[method] == "step")
+            return estimator(train_loss, *rest, parameters=parameters, **settings)
 
-        trainer.estimator = spy
+        trainer.meta.estimator = spy
         seen, unseen = torch.randn(2, 5, 3, 3, 28, 28)
-        loss = trainer.step(seen, unseen, torch.randn(4, 3, 28, 28), torch.arange(4), 1.0)
+        loss = trainer.step((seen, unseen, torch.randn(4, 3, 28, 28), torch.arange(4)), 1.0)
         assert loss.item() == pytest.approx(losses[0], rel=1e-5)
 
 

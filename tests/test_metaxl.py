@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 import evograd
-from evograd.quality import agreement
+from evograd.comparison import agreement
 from metaxl import compare, data, plot, train
 from metaxl.data import Batch, Examples, Sentence, toy_language
 from metaxl.models import RTN, Tagger, longest, tiny_encoder
@@ -20,6 +20,7 @@ from tests.test_scripts import shell
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
 
+AROUND_THE_STEP = [m.name for m in train.METHODS.values() if m.around == "step"]
 FINITE_HEAD = ("finite_difference", "head")  # refused
 
 
@@ -43,7 +44,7 @@ def batch(n, lengths=(7, 9, 5, 9)):
 
 def trainer(method, *extra, rtn_layers=(2,), depth=2, dropout=0.0):
     args = train.parse_args(["--method", method, "--device", "cpu", *extra])
-    model = tagger(rtn_layers if train.READS[method] else (), depth, dropout)
+    model = tagger(rtn_layers if train.METHODS[method].estimator else (), depth, dropout)
     return train.Trainer(args, model.train(), n_steps=10)
 
 
@@ -70,7 +71,7 @@ def test_cached_features_change_nothing(method, depth, rtn_layers, float64):
     torch.manual_seed(3)
     cached = t.hypergradient(s)
     torch.manual_seed(3)
-    expected = t.estimator(*uncached(s), t.model, t.hyperparameters, parameters=head)
+    expected = t.meta.estimator(*uncached(s), t.model, t.hyperparameters, parameters=head)
     assert len(cached.grads) == 4 * len(rtn_layers) + (len(rtn_layers) > 1)
     for ours, theirs in zip(cached.grads, expected.grads):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
@@ -101,17 +102,17 @@ def test_mixed_mode_is_t1_t2_of_the_whole_model(rtn_layers, float64):
 
 @pytest.mark.parametrize(
     ("method", "perturb"),
-    [(method, perturb) for method in train.LOOKAHEAD for perturb in ("head", "all") if (method, perturb) != FINITE_HEAD],
+    [(method, perturb) for method in AROUND_THE_STEP for perturb in ("head", "all") if (method, perturb) != FINITE_HEAD],
 )
 def test_guided_and_mixed_mode_look_ahead_by_the_step_that_was_made(method, perturb):
     t = trainer(method, "--perturb", perturb)
-    seen, estimator = {}, t.estimator
+    seen, estimator = {}, t.meta.estimator
 
     def spy(*closures, parameters, lookahead, **rest):
         seen.update(before=parameters, after={n: p.detach().clone() for n, p in lookahead.items()})
         return estimator(*closures, parameters=parameters, lookahead=lookahead, **rest)
 
-    t.estimator = spy
+    t.meta.estimator = spy
     start = {n: p.detach().clone() for n, p in t.model.named_parameters()}
     t.step(step())
     prefix = "head." if perturb == "head" else ""
@@ -126,7 +127,7 @@ def test_guided_and_mixed_mode_look_ahead_by_the_step_that_was_made(method, pert
 def test_the_step_moves_the_model_by_its_loss_and_the_rtn_by_the_hypergradient():
     t = trainer("evograd")
     before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
-    t.estimator = lambda *a, **k: types.SimpleNamespace(grads=[torch.ones_like(h) for h in t.hyperparameters])
+    t.meta.estimator = lambda *a, **k: types.SimpleNamespace(grads=[torch.ones_like(h) for h in t.hyperparameters])
     t.step(step())
     for name, p in t.model.named_parameters():
         if "rtn" in name:  # Adam's first step is its learning rate, against the gradient
@@ -181,14 +182,17 @@ def test_rtns_that_see_the_models_states_make_differences_of_candidates_t1_t2(me
     extra = ["--n-candidates", "2", "--sigma", "1e-6"] if method == "evograd_guided" else []
     t, s = trainer(method, "--inner-lr", "0.1", *extra, rtn_layers=rtn_layers), step()
     if method == "finite_difference":
-        t.estimator = functools.partial(t.estimator, radius=1e-4)
+        t.meta.estimator = functools.partial(t.meta.estimator, radius=1e-4)
     exact = trainer("second_order", "--inner-lr", "0.1", rtn_layers=rtn_layers)
     exact.model.load_state_dict(t.model.state_dict())
     expected = exact.hypergradient(s).grads
     held = t.rtn_inputs(s.source)
     with sdpa_kernel(SDPBackend.MATH):
+        train_loss, val_loss = t.losses(s)
         found = {
-            name: t.estimator(*t.losses(s, h), t.model, t.hyperparameters, lookahead="sgd").grads
+            name: t.meta.estimator(
+                lambda m, h=h: train_loss(m, h), val_loss, t.model, t.hyperparameters, lookahead="sgd"
+            ).grads
             for name, h in {"model": held, "candidate": None}.items()
         }
     assert agreement(found["model"], expected)["cosine"] > 0.9999
@@ -196,21 +200,32 @@ def test_rtns_that_see_the_models_states_make_differences_of_candidates_t1_t2(me
     assert agreement(found["candidate"], expected)["cosine"] < 0.999
 
 
+def spy_on_held(t, got):
+    """got: what each call of the training loss is told that the RTNs see."""
+    losses = t.losses
+
+    def spied(step):
+        train_loss, val_loss = losses(step)
+        return lambda model, held=None: (got.append(held), train_loss(model, held))[1], val_loss
+
+    t.losses = spied
+
+
 @pytest.mark.parametrize("rtn_layers", [(2,), (1,), (1, 2)])
 @pytest.mark.parametrize("extra", [[], ["--accumulate", "3"], ["--amp"]])
 def test_the_training_step_shows_what_rtns_see(rtn_layers, extra):
     t, s, got = trainer("evograd_guided", *extra, rtn_layers=rtn_layers), step(), []
-    losses = t.losses
-    t.losses = lambda step, held=None: (got.append(held), losses(step, held))[1]
+    spy_on_held(t, got)
     expected = t.rtn_inputs(s.source)
     t.step(s)
-    (held,) = got
+    held = got.pop(0)
+    assert [h is held for h in got] == [True]  # the other candidate's
     assert len(held) == len(rtn_layers)
     for seen, at_theta in zip(held, expected):
         assert seen.dtype == torch.float32 and not seen.requires_grad
         torch.testing.assert_close(seen, at_theta, rtol=1e-4, atol=1e-5 if "--amp" not in extra else 0.1)
     t = trainer("evograd_guided", "--rtn-input", "candidate", rtn_layers=rtn_layers)
-    t.losses = lambda step, held=None: (got.append(held), train.Trainer.losses(t, step, held))[1]
+    spy_on_held(t, got)
     t.step(s)
     assert got[1] is None
 
@@ -218,8 +233,8 @@ def test_the_training_step_shows_what_rtns_see(rtn_layers, extra):
 def test_candidates_lie_where_the_rtn_inputs_were_seen():
     t, seen = trainer("evograd", "--perturb", "all", "--rtn-input", "model"), {}
     before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
-    estimator = t.estimator
-    t.estimator = lambda *problem, **around: (seen.update(around), estimator(*problem, **around))[1]
+    estimator = t.meta.estimator
+    t.meta.estimator = lambda *problem, **around: (seen.update(around), estimator(*problem, **around))[1]
     t.step(step())
     assert set(seen) == {"parameters"}
     assert all(torch.equal(p, before[name]) for name, p in seen["parameters"].items())
@@ -321,7 +336,7 @@ def test_every_method_sees_the_same_sentences():
         some = train.Steps(args, Spy(range(30)), Spy(range(9)))
         seen[method] = [(s.source, s.target + (s.val or [])) for s, _ in zip(some, range(20))]
         halves = [len(s.target) for s, _ in zip(some, range(3))]
-        assert halves == ([2, 2, 2] if train.READS[method] else [4, 4, 4])
+        assert halves == ([2, 2, 2] if train.METHODS[method].estimator else [4, 4, 4])
     assert all(order == seen["evograd"] for order in seen.values())
     assert len({str(s) for s, _ in seen["evograd"]}) == 20
 
@@ -403,7 +418,7 @@ def test_every_method_runs_and_leaves_a_record(method, tmp_path, capsys):
     assert len(record["metrics"]["dev_f1_epochs"]) == 2
     assert record["metrics"]["dev_f1"] == max(record["metrics"]["dev_f1_epochs"])
     assert {"seconds", "seconds_per_step", "peak_bytes", "flops"} <= set(record["cost"])
-    if train.READS[method]:
+    if train.METHODS[method].estimator:
         assert record["metrics"]["rtn_moved"] > 1e-3
         assert set(record["metrics"]["gates"]) == {"north", "south"}
         assert 0 < record["metrics"]["gates"]["north"]["2"] < 1

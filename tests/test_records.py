@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from evograd.records import append_line, append_run, mean_std, read_runs, seed_everything
+from evograd.lab.records import append_line, append_run, mean_std, read_runs, seed_everything
 
 
 def append_many(path, process, n):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evograd import figures, report, tables
-from evograd.records import append_line, read_runs
+from evograd.lab import figures, report, tables
+from evograd.lab.records import append_line, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from evograd import checkpoints, distributed
+from evograd.lab import checkpoints, processes
 from label_noise_mwn.data import load, make_task
 from tests.test_checkpoints import TINY, assert_equal
 from tests.test_metaxl import step as metaxl_step
@@ -96,8 +96,8 @@ def make_step(experiment, method, extra, processes):
             trainer = train.Trainer(args, 8, processes)
         seen, unseen = torch.randn(2, 5, 1 + args.n_query, 3, 28, 28)
         images, classes = torch.randn(4, 3, 28, 28), torch.arange(4)
-        return trainer, lambda: trainer.step(seen, unseen, images, classes, 1.0)
-    trainer = train.Trainer(args, tagger((1, 2) if train.READS[method] else ()).train(), 10, processes)
+        return trainer, lambda: trainer.step((seen, unseen, images, classes), 1.0)
+    trainer = train.Trainer(args, tagger((1, 2) if train.METHODS[method].estimator else ()).train(), 10, processes)
     sentences = metaxl_step(8)
     return trainer, lambda: trainer.step(sentences)
 
@@ -120,8 +120,8 @@ def three_steps(experiment, method, extra, processes, share=None):
 
 
 def steps_of_all(rank, cases):
-    with distributed.processes(torch.device("cpu")) as processes:
-        return {case: three_steps(*case, processes) for case in cases}
+    with processes.processes(torch.device("cpu")) as several:
+        return {case: three_steps(*case, several) for case in cases}
 
 
 WIDE = ("--sigma", "0.1", "--temperature", "0.2")  # at which rounding is small beside what the candidates differ by
@@ -172,37 +172,37 @@ def test_two_processes_take_the_steps_of_one(steps, case):
     share = extra[1] if extra[:1] == ("--share",) else None
     extra = extra[2:] if share else extra
     seeded = share if experiment == "metaxl" else None  # there noise has a generator of its own where processes share out
-    expected = three_steps(experiment, method, extra, distributed.ALONE, seeded)
+    expected = three_steps(experiment, method, extra, processes.ALONE, seeded)
     # θ: Adam moves what has no gradient to speak of by its sign
     for name, a, b, tolerance in zip(("θ", "∂θ", "∂λ", "losses"), ours, expected, (2e-3, 1e-3, 5e-3, 1e-4)):
         assert (a - b).norm() <= tolerance * b.norm(), (name, (a - b).norm() / b.norm())
 
 
 def together(rank, folder):
-    with distributed.processes(torch.device("cpu")) as processes:
+    with processes.processes(torch.device("cpu")) as several:
         norm, batch = nn.BatchNorm1d(2), torch.arange(12.0).view(6, 2)
         norm.running_mean.fill_(rank)
         norm.num_batches_tracked.fill_(3)
-        processes.average_buffers(norm)
-        with processes.first_alone():
+        several.average_buffers(norm)
+        with several.first_alone():
             order = [p for p in (0, 1) if os.path.exists(f"{folder}/{p}")]
             open(f"{folder}/{rank}", "w").close()
         assert order == list(range(rank))
         with pytest.raises(ValueError, match="a batch of 5 samples cannot be divided equally among 2 processes"):
-            processes.part(torch.ones(5))
-        processes.seed(4, 0)
+            several.part(torch.ones(5))
+        several.seed(4, 0)
         own = torch.rand(()).item()
-        processes.seed(4, 0, alike=True)
+        several.seed(4, 0, alike=True)
         return {
-            "part": processes.part(batch).tolist(),
-            "dim": processes.part(batch, dim=1).tolist(),
-            "whole": processes.whole(processes.part(batch)).tolist(),
-            "mean": processes.mean(torch.tensor(float(rank))).item(),
-            "all": processes.all({"rank": rank}),
-            "largest": processes.largest(5 * rank),
+            "part": several.part(batch).tolist(),
+            "dim": several.part(batch, dim=1).tolist(),
+            "whole": several.whole(several.part(batch)).tolist(),
+            "mean": several.mean(torch.tensor(float(rank))).item(),
+            "all": several.all({"rank": rank}),
+            "largest": several.largest(5 * rank),
             "buffers": [norm.running_mean.tolist(), norm.running_var.tolist(), norm.num_batches_tracked.item()],
             "own": own,
-            "alike": [torch.rand(()).item(), torch.rand((), generator=processes.generator(4, 0)).item()],
+            "alike": [torch.rand(()).item(), torch.rand((), generator=several.generator(4, 0)).item()],
         }
 
 
@@ -217,10 +217,10 @@ def test_what_processes_do_together(tmp_path):
     assert first["mean"] == 0.5 and first["largest"] == 5 and first["all"] == [{"rank": 0}, {"rank": 1}]
     assert first["buffers"] == [[0.5, 0.5], [1.0, 1.0], 3]
     # and alone nothing is done
-    assert distributed.ALONE.part(torch.ones(3)).tolist() == [1, 1, 1]
-    assert distributed.ALONE.all(1) == [1] and distributed.ALONE.largest(2) == 2
+    assert processes.ALONE.part(torch.ones(3)).tolist() == [1, 1, 1]
+    assert processes.ALONE.all(1) == [1] and processes.ALONE.largest(2) == 2
     state = torch.get_rng_state()
-    distributed.ALONE.seed(1, 1)
+    processes.ALONE.seed(1, 1)
     assert torch.equal(torch.get_rng_state(), state)
 
 

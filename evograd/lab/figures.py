@@ -1,6 +1,6 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-python -m evograd.figures [FILE.jsonl …]        resources/quality.png, the quality of every estimate over its FLOPs and its time
+python -m evograd.lab.figures [FILE.jsonl …]        resources/quality.png, the quality of every estimate over its FLOPs and its time
 """
 
 import argparse
@@ -75,7 +75,7 @@ def save(figure: plt.Figure, path: Path, remark: str = "") -> None:
     print(f"figure: {path}{remark}")
 
 
-# {name of an estimate in evograd/quality.py: (label, method whose colour it has, marker)}
+# {name of an estimate in evograd/comparison.py: (label, method whose colour it has, marker)}
 ESTIMATES = {
     "evograd_k2": ("EvoGrad, K = 2", "evograd", "o"),
     "evograd_k10": ("EvoGrad, K = 10", "evograd", "s"),

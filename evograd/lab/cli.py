@@ -7,32 +7,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 
 import torch
 
-from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
-from .distributed import ALONE, SHARES, Processes, world_size
-from .hypergradient import hypergradient
-from .measuring import Cost, by_architecture
-from .mixed_mode import mixed_mode
-from .problem import Hypergradient
+from ..distributed import SHARES
+from ..measuring import Cost, by_architecture
+from . import methods
+from .methods import ESTIMATORS, Method
+from .processes import world_size
 from .records import append_run, check_writable, environment, write_text
-
-ESTIMATORS = (
-    "evograd",
-    "evograd_guided",
-    "mixed_mode",
-    "second_order",
-    "finite_difference",
-    "neumann",
-    "conjugate_gradient",
-)
-DAMPING = 0.1  # of conjugate gradients: a network's Hessian has directions of negative curvature
-
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and defaults beside the flags that have one."""
@@ -42,11 +27,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def experiment_parser(
-    description: str, methods: Sequence[str], data: Sequence[str], data_file: str | None = None
+    description: str, table: Iterable[str], data: Sequence[str], data_file: str | None = None
 ) -> argparse.ArgumentParser:
     """A parser with the flags of every training script. data_file: suffix of the files that --data takes beside the names."""
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
-    parser.add_argument("--method", choices=methods, default="evograd", help="how the hyperparameters are learned")
+    parser.add_argument("--method", choices=tuple(table), default="evograd", help="how the hyperparameters are learned")
     parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
     names = ", ".join(data) + (f" or FILE{data_file}" if data_file else "")
     parser.add_argument(
@@ -70,6 +55,7 @@ def experiment_parser(
         help="where it is written; given, the file stays when the run has ended. Default: beside --out, in checkpoints/",
     )
     group.add_argument("--skip-done", action="store_true", help="do nothing if --out has the result of this configuration")
+    group.add_argument("--tensorboard", metavar="DIR", help="also write losses, accuracies and what is learned for TensorBoard")
     return parser
 
 
@@ -82,7 +68,7 @@ def add_resume_arguments(parser: argparse.ArgumentParser):
 
 
 # Where and how a run is done, not what: no record holds it. What --log-quality measures, the record's metrics say.
-NOT_RECORDED = ("out", "data_dir", "download", "checkpoint", "checkpoint_every", "resume", "skip_done", "log_quality")
+NOT_RECORDED = ("out", "data_dir", "download", "checkpoint", "checkpoint_every", "resume", "skip_done", "tensorboard", "log_quality")
 
 
 def config_of(args: argparse.Namespace, left_out: Sequence[str] = ()) -> dict:
@@ -105,7 +91,7 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
     group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")
     group.add_argument(
-        "--log-quality", type=at_least(1), metavar="N", help="every N steps compare all estimators with exact T1-T2; takes long"
+        "--log-quality", type=at_least(1), metavar="N", help="every N meta-steps compare all estimates with exact T1-T2; takes long"
     )
     group.add_argument(
         "--inner-steps",
@@ -120,7 +106,21 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace, divided: Mapping[str, int]) -> None:
+def settle(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, table: Mapping[str, Method], divided: Mapping[str, int]
+) -> None:
+    """What follows from the method: flags that it does not read are refused, and settings not given are the table's.
+
+    divided: see `check_processes`.
+    """
+    methods.refuse_unread(parser, args, table)
+    check_processes(parser, args, table[args.method], divided)
+    methods.defaults(args, table)
+
+
+def check_processes(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, method: Method, divided: Mapping[str, int]
+) -> None:
     """args.processes and args.share of a run under torchrun; None without it.
 
     divided: {flag: number} of what each process has its part of. It ends with an error where the parts would not be equal.
@@ -138,55 +138,11 @@ def check_processes(parser: argparse.ArgumentParser, args: argparse.Namespace, d
         parser.error(f"--device {args.device} given, but there are {n} processes; with --device cuda each has one of its own")
     if args.log_quality:
         parser.error(f"--log-quality given, but it compares estimates of one process, and there are {n}")
-    if args.method == "evograd":
-        args.share = args.share or "batch"
-        if args.share == "candidates" and args.n_candidates < n:
-            parser.error(f"--n-candidates {args.n_candidates} cannot be shared out among {n} processes; give at least {n}")
-    elif args.method == "evograd_guided" and args.n_candidates >= n:
-        args.share = "candidates"
-
-
-def estimators(args: argparse.Namespace, processes: Processes = ALONE) -> dict[str, Callable]:
-    """The methods that learn hyperparameters: functions of (train_loss, val_loss, model, hyperparameters).
-
-    Among several processes those that args.share is set for share out their work, and the others do all of it in each, on the
-    whole batch.
-    """
-    candidates = dict(
-        n_candidates=args.n_candidates,
-        sigma=args.sigma,
-        temperature=args.temperature,
-        common_random_numbers=args.common_random_numbers,
-        inner_lr=args.inner_lr,
-    )
-    if args.share:
-        candidates |= dict(group=processes.group, share=args.share)
-    every = {
-        "evograd": partial(hypergradient, **candidates),
-        "evograd_guided": partial(hypergradient, noise="guided", **candidates),
-        "mixed_mode": partial(mixed_mode, inner_lr=args.inner_lr),
-        "second_order": partial(unrolled, inner_lr=args.inner_lr, n_steps=args.inner_steps or 1),
-        "finite_difference": partial(finite_difference, inner_lr=args.inner_lr),
-        "neumann": partial(neumann, inner_lr=args.inner_lr, n_terms=args.inner_steps or 5),
-        "conjugate_gradient": partial(conjugate_gradient, n_iterations=args.inner_steps or 5, damping=DAMPING),
-    }
-    if processes.size > 1 and not args.share:
-        return {name: partial(_in_each, estimator, processes) for name, estimator in every.items()}
-    return every
-
-
-def _in_each(estimator: Callable, processes: Processes, *problem, **settings) -> Hypergradient:
-    """The mean over the processes: devices differ in the last bit, and λ must not drift apart."""
-    result = estimator(*problem, **settings)
-    return replace(result, grads=[processes.mean(g) for g in result.grads])
-
-
-def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace, reads: dict[str, tuple[str, ...]]) -> None:
-    """End with an error if a setting was given that args.method does not read; `reads` names those of each method."""
-    for name in sorted({name for names in reads.values() for name in names} - set(reads[args.method])):
-        if getattr(args, name) != parser.get_default(name):
-            able = ", ".join(method for method, names in reads.items() if name in names)
-            parser.error(f"--{name.replace('_', '-')} given, but --method {args.method} does not read it; these do: {able}")
+    shares = method.estimator.shares if method.estimator else ()
+    if args.share == "candidates" and args.n_candidates < n:
+        parser.error(f"--n-candidates {args.n_candidates} cannot be shared out among {n} processes; give at least {n}")
+    if not args.share and shares and ("batch" in shares or args.n_candidates >= n):
+        args.share = shares[0]
 
 
 def comparison_parser(description: str) -> argparse.ArgumentParser:
@@ -195,7 +151,7 @@ def comparison_parser(description: str) -> argparse.ArgumentParser:
     add_device_argument(parser)
     parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns of each method; the median counts")
     parser.add_argument(
-        "--methods", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS[:4]), metavar="METHOD", help=", ".join(ESTIMATORS)
+        "--methods", nargs="+", choices=tuple(ESTIMATORS), default=list(methods.MAIN), metavar="METHOD", help=", ".join(ESTIMATORS)
     )
     parser.add_argument("--json", type=writable, metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--out", type=writable, metavar="FILE", help="JSON-lines file that the record is appended to")
@@ -218,14 +174,14 @@ def finish_comparison(
             f"{name:16}{time}{cost.flops / 1e9:9.2f}{cost.flops / plain.flops:13.2f}"
             f"{cost.peak_bytes / 1e6:10.1f}{cost.peak_bytes / plain.peak_bytes:12.2f}"
         )
-    methods = {name: cost.as_dict() for name, cost in costs.items()}
+    figures = {name: cost.as_dict() for name, cost in costs.items()}
     if args.json:
-        content = {"methods": methods, **(further or {}), "config": config, "environment": environment(args.device)}
+        content = {"methods": figures, **(further or {}), "config": config, "environment": environment(args.device)}
         write_text(args.json, json.dumps(content, indent=1))
     if args.out and plain.seconds is None:
         append_run(args.out, f"{experiment}_architecture", config, by_architecture(costs), {}, args.device)
     elif args.out:
-        append_run(args.out, f"{experiment}_cost", config, methods, {}, args.device)
+        append_run(args.out, f"{experiment}_cost", config, figures, {}, args.device)
 
 
 def _dataset(names: Sequence[str], suffix: str | None, accepted: str) -> Callable[[str], str]:

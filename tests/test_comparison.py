@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from evograd.quality import QualityLog, agreement, estimates
+from evograd.comparison import agreement, estimates
+from evograd.lab.quality import QualityLog
 
 from .problems import bilevel
 

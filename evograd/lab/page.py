@@ -119,7 +119,7 @@ def to_html(
         parts += _section(experiment, mine, figures.get(experiment["name"], []), highlight)
     made = datetime.now(timezone.utc).isoformat(timespec="minutes")
     parts.append(
-        f"<p class='small'>Made {made} by <code>python -m evograd.report</code>, from result lines alone.</p></body></html>"
+        f"<p class='small'>Made {made} by <code>python -m evograd.lab.report</code>, from result lines alone.</p></body></html>"
     )
     return "\n".join(parts)
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..measuring import Cost
+
 FIELDS = ("experiment", "config", "metrics", "cost", "environment")
 
 
@@ -46,6 +48,11 @@ def environment(device: torch.device | str) -> dict:
         else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def step_cost(cost: Cost) -> dict:
+    """What a record says of the cost of one step."""
+    return {"seconds_per_step": cost.seconds, "peak_bytes": cost.peak_bytes, "flops": cost.flops}
 
 
 def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:

@@ -12,15 +12,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from .distributed import ALONE, Processes
-from .problem import NotFinite
+from ..problem import NotFinite
+from . import board, records
+from .processes import ALONE, Processes
 from .records import append_run, find_run, given, plain, replacing
 
 
@@ -99,16 +102,58 @@ def outlive_signals(worker: int) -> None:
         threading.Thread(target=obey_the_run, daemon=True).start()
 
 
+class Signals:
+    """SIGTERM and Ctrl-C within the block are kept until it is looked what came; the second Ctrl-C does not wait."""
+
+    received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
+            self.handlers = {number: signal.signal(number, self._keep) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _keep(self, number: int, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        os.write(2, f"\n{self.name}: the run ends after this step; Ctrl-C ends it at once\n".encode())
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.received).name
+
+
+class Clock:
+    """Seconds that have passed since it was started, pauses left out, and those of the runs before it."""
+
+    def __init__(self):
+        self.before, self.since = 0.0, None
+
+    def start(self) -> None:
+        self.since = perf_counter()
+
+    def stop(self) -> None:
+        self.before, self.since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self.since is None else perf_counter() - self.since)
+
+
 class Keeper:
     """The checkpoint of one training run, and what is said where the run ends before its time.
 
         keeper = Keeper(args, "rotation", config, processes)
-        if keeper.done():  # says so
-            return
-        found = keeper.resume()  # what `state` had returned, or {}: the run is at its beginning
+        found = keeper.start()  # what `state` had returned; {}: the run is at its beginning; None: it has ended, which is said
         with keeper:
-            for step in keeper.steps(n_steps, state):
+            for step in keeper.steps(n_steps, state, label):  # with a progress bar
                 …
+                keeper.show(loss=keeper.mean(losses))
         keeper.record(metrics, cost)
 
     A checkpoint is written after every args.checkpoint_every steps, on SIGTERM and Ctrl-C after the step that they meet, and
@@ -141,10 +186,27 @@ class Keeper:
         self.path = Path(args.checkpoint or Path(args.out).parent / "checkpoints" / f"{name}-{digest}.pt")
         self.step = 0  # steps done
         self.saved = None  # the step of the checkpoint that is there
-        self.signal = None  # that asked the run to end
+        self.signals, self.clock = Signals(), Clock()
+        self.board = None
 
-    def done(self) -> bool:
-        """Whether --skip-done or --resume finds the run's result line in --out; says so."""
+    # --- before the run
+
+    def start(self) -> dict | None:
+        """The checkpoint that the run goes on from, {} at its beginning, None if --skip-done or --resume finds it has ended.
+
+        ValueError or OSError: nothing can be written where it must be, or there is a checkpoint that does not fit. What is
+        returned is emptied when the first step starts, so that no second copy of the model stays in memory.
+        """
+        if self.processes.rank == 0:
+            records.check_writable(self.args.out)
+        if self._done():
+            return None
+        found = self.resume()
+        if self.processes.rank == 0:
+            self.board = board.open_board(self.args.tensorboard, self.path.stem, self.step)
+        return found
+
+    def _done(self) -> bool:
         if not (self.args.skip_done or self.args.resume):
             return False
         run = find_run(self.args.out, self.experiment, self.config)
@@ -153,10 +215,7 @@ class Keeper:
         return self.processes.all(run is not None)[0]
 
     def resume(self) -> dict:
-        """The checkpoint that --resume goes on from, or {}. ValueError or OSError if there is one that does not fit.
-
-        It is emptied when the first step starts, so that no second copy of the model stays in memory.
-        """
+        """What `start` returns, without a look at --out."""
         if self.processes.rank == 0:
             check_writable(self.path)
         self.found = {}
@@ -170,6 +229,7 @@ class Keeper:
                     f"--resume: {error}. Without --resume the run starts from the beginning and writes over it"
                 ) from error
             self.step = self.saved = self.found["step"]
+            self.clock.before = self.found.get("seconds", 0.0)
             if self.processes.rank == 0:
                 for leftover in self.path.parent.glob(f"{self.path.name}.tmp*"):  # of a process that was killed while writing
                     leftover.unlink(missing_ok=True)
@@ -197,53 +257,62 @@ class Keeper:
         if differ:
             raise ValueError(f"{self.path} is of another configuration: {'; '.join(differ)}")
 
+    # --- on the way
+
     def __enter__(self) -> Keeper:
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-            self.handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.signals.__enter__()
+        self.clock.start()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.clock.stop()
+        self.signals.__exit__()
         if isinstance(error, NotFinite):
             self._not_finite(self.step + 1, str(error))
-        if self.signal and not isinstance(error, SystemExit):  # in the middle of a step, which is lost
-            self._end(128 + self.signal, f"stopped by {self._name()} in step {self.step + 1}. {self._where('last')}")
+        if self.signals.received and not isinstance(error, SystemExit):  # in the middle of a step, which is lost
+            self._stopped(f"in step {self.step + 1}")
 
-    def _ask(self, number: int, frame) -> None:
-        """The handler of signals: the run ends after this step, a consistent state. The second Ctrl-C does not wait."""
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        os.write(2, f"\n{self._name()}: the run ends after this step; Ctrl-C ends it at once\n".encode())
+    def steps(self, n_steps: int, state: Callable[[], dict], label: str, unit: str = "step") -> Iterator[int]:
+        """Step numbers up to n_steps, from where the run stands, with a progress bar.
 
-    def steps(self, n_steps: int, state: Callable[[], dict]) -> Iterator[int]:
-        """Step numbers up to n_steps, from where the run stands. state(): what the run needs to go on after a whole step."""
+        state(): what the run needs to go on after a whole step.
+        """
+        self.bar = self.processes.progress(total=n_steps, initial=self.step, desc=label, unit=unit)
         if self.found:
             restore_random_states(self.found["random"])
             self.found.clear()
         every = self.args.checkpoint_every
         for step in range(self.step, n_steps):
             yield step
+            self.bar.update()
             self.step = step + 1
             if self.step % every == 0 or (self.step == n_steps and (self.keep or n_steps > every)):
                 self._save(state())
-            asked = self.processes.largest(self.signal or 0)
+            asked = self.processes.largest(self.signals.received or 0)
             if asked:
-                self.signal = asked
+                self.signals.received = asked
                 if self.saved != self.step:
                     self._save(state())
                 self.processes.all(None)  # none ends before the first one has written: torchrun would end it too
                 if self.processes.rank:
                     raise SystemExit(128 + asked)
-                stopped = f"stopped by {self._name()} after step {self.step} of {n_steps}"
-                self._end(128 + self.signal, f"{stopped}. {self._where('last')}")
+                self._stopped(f"after step {self.step} of {n_steps}")
         self._look_for_nan(state())
+        self.bar.close()
 
-    def progress(self, n_steps: int, what: str, unit: str = "step"):
-        """A progress bar over all steps, from where the run stands."""
-        return self.processes.progress(total=n_steps, initial=self.step, desc=what, unit=unit)
+    def show(self, **values: float) -> None:
+        """Numbers of the step that is being made, at the progress bar's end and in --tensorboard's folder."""
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, self.step + 1)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The clock stands still within the block."""
+        self.clock.stop()
+        yield
+        self.clock.start()
 
     def mean(self, losses: list[Tensor]) -> float:
         """The mean of the training losses of the last steps, this one's last, read from the device. A NaN ends the run."""
@@ -255,28 +324,35 @@ class Keeper:
             self._not_finite(self.step + 2 + i - len(losses), f"the training loss is {value}")
         return mean
 
+    def _save(self, state: dict) -> None:
+        self._look_for_nan(state)
+        if self.processes.rank == 0:
+            head = {"experiment": self.experiment, "config": plain(self.config), "settings": self.settings, "step": self.step}
+            try:
+                save(self.path, {**head, "random": random_states(), "seconds": self.clock.seconds, **state})
+            except OSError as error:
+                self._end(1, f"after step {self.step}: {error}. {self._where('last')}")
+        self.saved = self.step
+
+    # --- after it
+
     def record(self, metrics: dict, cost: dict) -> None:
-        """Append the result line to --out. The checkpoint has done its work."""
+        """Append the result line to --out. The checkpoint has done its work. cost: beside the seconds that the run took."""
         if self.processes.rank:
             return
+        cost = {"seconds": self.clock.seconds, **cost}
         try:
             append_run(self.args.out, self.experiment, self.config, metrics, cost, self.args.device)
         except OSError as error:
             self._end(
                 1, f"the result could not be appended to {self.args.out}: {error.strerror or error}. {self._where('last')}"
             )
+        if self.board is not None:
+            self.board.close()
         if not self.keep:
             self.path.unlink(missing_ok=True)
 
-    def _save(self, state: dict) -> None:
-        self._look_for_nan(state)
-        if self.processes.rank == 0:
-            head = {"experiment": self.experiment, "config": plain(self.config), "settings": self.settings, "step": self.step}
-            try:
-                save(self.path, {**head, "random": random_states(), **state})
-            except OSError as error:
-                self._end(1, f"after step {self.step}: {error}. {self._where('last')}")
-        self.saved = self.step
+    # --- before its time
 
     def _look_for_nan(self, state: dict) -> None:
         tensors = [(path, t) for path, t in tree_flatten_with_path(state)[0] if isinstance(t, Tensor) and t.is_floating_point()]
@@ -291,8 +367,8 @@ class Keeper:
         amp = ", or leave out --amp" if getattr(self.args, "amp", False) else ""
         self._end(1, f"step {step}: {what}. {self._where('last good')} Try a lower {' or '.join(lower)}{amp}.")
 
-    def _name(self) -> str:
-        return signal.Signals(self.signal).name
+    def _stopped(self, when: str) -> None:
+        self._end(128 + self.signals.received, f"stopped by {self.signals.name} {when}. {self._where('last')}")
 
     def _where(self, which: str) -> str:
         if self.saved is None:
