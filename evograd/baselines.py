@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .hypergradient import hypergradient
+from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
 
 
@@ -29,7 +31,13 @@ def unrolled(
 
     Args, returns and errors as in `evograd.mixed_mode`; `candidate_losses` is ℓ_T(θ, λ) at the first step, of shape (1,).
     """
-    import higher  # here, so that EvoGrad itself does not need it
+    try:
+        import higher  # here, so that EvoGrad itself does not need it
+    except ImportError as error:
+        raise ImportError(
+            "baselines.unrolled makes its steps with the package higher, which is not installed: "
+            "pip install 'evograd-hypergradients[baselines]', or pip install higher"
+        ) from error
 
     check_positive("inner_lr", inner_lr)
     _check_count("n_steps", n_steps)
@@ -43,13 +51,13 @@ def unrolled(
             functional.update_params([start[name] for name in own])
             first = None
             for _ in range(n_steps):
-                loss = problem.scalar(train_loss, functional)
+                loss = problem.scalar(train_loss, train_loss(functional))
                 first = loss.detach() if first is None else first
                 if loss.requires_grad:
                     inner_optimizer.step(loss)
                 # As in the other estimators, statistics that BatchNorm gathers on the way are thrown away.
                 higher.patch.buffer_sync(model, functional)
-            val = problem.scalar(val_loss, functional)
+            val = problem.scalar(val_loss, val_loss(functional))
             grads = problem.assemble([partial(val, problem.hyperparameters)])
     return _result(grads, val.detach(), first.reshape(1))
 
@@ -64,38 +72,24 @@ def finite_difference(
     radius: float = 0.01,
     parameters: Parameters = None,
     lookahead: Parameters | str = "sgd",
+    share_kinks: bool = True,
 ) -> Hypergradient:
     """T1–T2 by a central difference, as in DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055):
 
         dℓ_V/dλ ≈ ∂ℓ_V/∂λ − η (∂ℓ_T(θ⁺, λ)/∂λ − ∂ℓ_T(θ⁻, λ)/∂λ) / 2ε,   θ^± = θ ± ε G,   ε = radius / ‖G‖
 
-    with G = ∂ℓ_V/∂θ at the lookahead parameters. Both passes have the same random draws.
+    with G = ∂ℓ_V/∂θ at the lookahead parameters. Both passes have the same random draws. It is guided EvoGrad with DARTS' own
+    radius and lookahead.
 
     Args:
         radius: > 0, the distance of θ^± from θ.
         lookahead: where G is taken, as in `evograd.mixed_mode`; DARTS' own is "sgd".
+        share_kinks: as in `evograd.hypergradient`; DARTS does not.
 
     The other arguments, returns and errors as in `evograd.mixed_mode`; `candidate_losses` are ℓ_T(θ⁺, λ) and ℓ_T(θ⁻, λ).
     """
-    check_positive("inner_lr", inner_lr)
-    check_positive("radius", radius)
-    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    with problem.undisturbed():
-        draws = problem.random_state()
-        val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
-        norm = torch.stack([g.norm() for g in gradient.values()]).norm()
-        epsilon = radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        losses, partials = [], []
-        for sign in (1, -1):
-            with problem.replay(draws):
-                moved = {name: torch.addcmul(p, gradient[name], epsilon.to(p), value=sign) for name, p in problem.theta.items()}
-                loss = problem.loss(train_loss, moved)
-            partials.append(
-                [None if g is None else -sign * inner_lr / (2 * epsilon) * g for g in partial(loss, problem.hyperparameters)]
-            )
-            losses.append(loss.detach())
-        grads = problem.assemble([direct, *partials])
-    return _result(grads, val, torch.stack(losses))
+    settings = dict(noise="guided", inner_lr=inner_lr, radius=radius, lookahead=lookahead, share_kinks=share_kinks)
+    return hypergradient(train_loss, val_loss, model, hyperparameters, parameters=parameters, **settings)
 
 
 def neumann(
@@ -189,31 +183,34 @@ def _implicit(
 ) -> Hypergradient:
     """∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v, with v of solve(v -> H v, G)."""
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    layout = Layout(problem.theta)
     with problem.undisturbed():
-        val, direct, at_val = problem.val_gradient(problem.theta)
-        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
-        theta, gradient = list(leaves.values()), list(at_val.values())
-        loss = problem.loss(train_loss, leaves)
-        slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True) if loss.requires_grad else ()
-        curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
+        val, direct, flats = problem.val_gradient(layout, problem.theta)
+        gradient = list(layout.named(flats).values())
+        leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
+        theta = list(leaves.values())
+        with problem.holding(leaves):
+            loss = problem.evaluate(train_loss)
+            slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True) if loss.requires_grad else ()
+            curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
 
-        def vector_product(inputs, vector, keep):
-            """Σ_i ∂(∂ℓ_T/∂θ_i)/∂inputs · v_i; None where an input has no part in it."""
-            if not curved:
-                return [None] * len(inputs)
-            outputs, vectors = [slopes[i] for i in curved], [vector[i] for i in curved]
-            return torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
+            def vector_product(inputs, vector, keep):
+                """Σ_i ∂(∂ℓ_T/∂θ_i)/∂inputs · v_i; None where an input has no part in it."""
+                if not curved:
+                    return [None] * len(inputs)
+                outputs, vectors = [slopes[i] for i in curved], [vector[i] for i in curved]
+                return torch.autograd.grad(outputs, inputs, vectors, retain_graph=keep, allow_unused=True)
 
-        def hessian(vector):
-            return [torch.zeros_like(p) if h is None else h for h, p in zip(vector_product(theta, vector, True), theta)]
+            def hessian(vector):
+                return [torch.zeros_like(p) if h is None else h for h, p in zip(vector_product(theta, vector, True), theta)]
 
-        mixed = vector_product(problem.hyperparameters, solve(hessian, gradient), False)
+            mixed = vector_product(problem.hyperparameters, solve(hessian, gradient), False)
         grads = problem.assemble([direct, [None if m is None else -m for m in mixed]])
-    return _result(grads, val, loss.detach().reshape(1))
+        return _result(grads, val, loss.detach().reshape(1))
 
 
 def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:
-    check_finite(losses, val)
+    check_finite(losses, val, grads)
     return Hypergradient(grads, val, losses, torch.full_like(losses, 1 / len(losses)))
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from .noise import draw_seeds
-from .problem import Problem
+from .problem import Problem, Vector
 
 SHARES = ("candidates", "batch")
 FAILED = -1.0
@@ -32,13 +33,17 @@ class Shares:
         self.by_batch = share == "batch"
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.parts = self.size if self.by_batch else 1
+        self.unit = 2 if guided and group is not None else 1  # candidates that stay together: guided pairs share their kinks
         self.own = slice(None) if self.by_batch else slice(self.rank, None, self.size)
-        self.candidates = range(n_candidates)[self.own]
+        units = range(0, n_candidates, self.unit)[self.own]
+        self.candidates = [k for unit in units for k in range(unit, min(unit + self.unit, n_candidates))]
+        self.padding = -n_candidates % self.unit  # of an odd number, so that all units are whole
         self.device = next(iter(problem.theta.values())).device
         self.seed = 0
         # What is still to be sent. The last message begins with one number from each process: its seed, or FAILED.
         n_last = self.size + 1 + sum(h.numel() for h in problem.hyperparameters)
-        self.unsent = [] if group is None else [n_candidates, n_candidates, n_last]
+        n = n_candidates + self.padding
+        self.unsent = [] if group is None else ([n] if guided else [n, n]) + [n_last]
         self.seeds_seen: Tensor | None = None
 
     def starts(self, seed: Callable[[], int]) -> dict[int | str, list[Tensor]]:
@@ -53,38 +58,44 @@ class Shares:
         if self.by_batch:
             return {}
         seeds = draw_seeds((self.n_candidates + 1,), torch.Generator().manual_seed(self.seed))
-        return {key: self.problem.random_state(s) for key, s in zip([*range(self.n_candidates), "validation"], seeds)}
+        return {key: self.problem.draws.state(s) for key, s in zip([*range(self.n_candidates), "validation"], seeds)}
+
+    def of(self, values: Tensor) -> Tensor:
+        """This process's candidates' among (K,) values."""
+        return F.pad(values, (0, self.padding)).view(-1, self.unit)[self.own].reshape(-1)[: len(self.candidates)]
 
     def gather(self, values: Tensor) -> Tensor:
         """A number for each of this process's candidates -> (K,), everybody's; a mean over the parts of a batch."""
         if self.group is None:
             return values
         message = self._buffer()
-        message[self.own] = values.to(message)
+        whole = F.pad(values, (0, -len(values) % self.unit)).view(-1, self.unit)
+        message.view(-1, self.unit)[self.own] = whole.to(message)
         self._sum(message)
-        return (message / self.parts).to(values)
+        return (message / self.parts).to(values)[: self.n_candidates]
 
-    def total(
-        self, val: Tensor, direct: Sequence[Tensor | None], weighted: Sequence[Tensor | None]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def total(self, val: Tensor, direct: Vector.Flat, weighted: Vector.Flat) -> tuple[Tensor, Vector.Flat]:
         """(ℓ_V, ∂ℓ_V/∂λ + Σ_k c_k ∂ℓ_k/∂λ) of the whole group from this process's terms."""
+        lam = self.problem.lam
         if self.group is None:
-            grads = self.problem.assemble([direct, weighted])
-            return val, [g.to(h) for g, h in zip(grads, self.problem.hyperparameters)]
+            return val, lam.add(direct, weighted)
         # Σ over the processes: ∂ℓ_V/∂λ is there in each of them, a candidate in one (or, by parts of the batch, in each).
-        scaled = [
-            [None if g is None else g.double() / n for g in gs] for gs, n in ((direct, self.size), (weighted, self.parts))
-        ]
-        grads = self.problem.assemble(scaled)
+        scaled = (self._scaled(direct, 1 / self.size), self._scaled(weighted, 1 / self.parts))
+        own = lam.add(*scaled)
+        self.problem.check_dependence(own)
         message = self._buffer()
         head, body = message[: self.size], message[self.size :]
         head[self.rank] = self.seed
-        torch.cat([(val.double() / self.size).reshape(1).to(body), *(g.reshape(-1).to(body) for g in grads)], out=body)
+        torch.cat([(val.double() / self.size).reshape(1).to(body), *(v.to(body) for v in own.vectors)], out=body)
         self._sum(message)
         self.seeds_seen = head
-        total, *flat = body.split([1, *(g.numel() for g in grads)])
+        total, *vectors = body.split([1, *(v.numel() for v in own.vectors)])
         total = torch.where((head == head[0]).all(), total[0], torch.nan)  # check_finite then raises, on every process
-        return total.to(val), [f.view_as(h).to(h) for f, h in zip(flat, self.problem.hyperparameters)]
+        return total.to(val), Vector.Flat([v.to(o.device) for v, o in zip(vectors, own.vectors)], own.depends)
+
+    @staticmethod
+    def _scaled(flat: Vector.Flat, factor: float) -> Vector.Flat:
+        return flat if flat.vectors is None else Vector.Flat([v.double() * factor for v in flat.vectors], flat.depends)
 
     def _buffer(self) -> Tensor:
         return torch.zeros(self.unsent[0], dtype=torch.float64, device=self.device)
@@ -134,6 +145,11 @@ def _check(group, share: str, n_candidates: int, guided: bool) -> None:
         raise ValueError(
             "share='batch' with noise='guided' would send a gradient of the model's size; use share='candidates', "
             "with the same batches in every process"
+        )
+    if guided and n_candidates // 2 < dist.get_world_size(group):
+        raise ValueError(
+            f"n_candidates={n_candidates} cannot be shared out over {dist.get_world_size(group)} processes in pairs, as "
+            "noise='guided' needs it, since the two of a pair share their kinks; at least two for each are needed"
         )
     if share == "candidates" and n_candidates < dist.get_world_size(group):
         raise ValueError(

@@ -6,7 +6,8 @@ arXiv 2106.10575.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 
 import torch
@@ -14,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import Shares
-from .noise import NOISES, GuidedNoise, NoiseFunction, SeededNoise, draw_seeds
-from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
+from .kinks import Kinks
+from .noise import NOISES, Layout, NoiseFunction, SeededNoise, draw_seeds
+from .problem import Closure, Hypergradient, Parameters, Problem, Vector, check_finite, check_positive, partial
 
-STRATEGIES = ("stream", "retain")
+STRATEGIES = ("stream", "retain", "vmap")
+RADIUS = 1e-4  # of guided candidates, over the norm of θ
 
 
 def hypergradient(
@@ -31,7 +34,10 @@ def hypergradient(
     sigma: float = 1e-3,
     temperature: float = 0.05,
     noise: str | NoiseFunction = "sign",
+    radius: float | None = None,
+    share_kinks: bool = True,
     strategy: str = "stream",
+    chunk_size: int | None = None,
     common_random_numbers: bool = False,
     inner_lr: float | None = None,
     lookahead: Parameters | str = None,
@@ -56,112 +62,132 @@ def hypergradient(
         train_loss: ℓ_T, a function of the model that returns a scalar. It is called once for each candidate, with `model`, in
             which the candidate's parameters stand in for its own; whatever depends on λ is computed inside of it.
         val_loss: ℓ_V, likewise.
-        model: any torch.nn.Module. Its parameters, buffers, gradients, modes and flags are afterwards as before.
+        model: any torch.nn.Module. Its parameters, buffers, gradients, modes and flags are afterwards as before, and so are its
+            modules' attributes, with the entries of their lists, dicts and sets. What a module reaches by other ways (objects of
+            its own, globals) is not looked after: there a candidate sees what another one left.
         hyperparameters: tensors of any shape that require grad. They may be parameters of the model; they are not perturbed.
         parameters: the parameters to perturb: names, (name, tensor) pairs or a mapping. Tensors that are not the model's own
             are taken as θ in their place. Default: all that require grad and are no hyperparameters.
         n_candidates: K ≥ 2.
         sigma: σ > 0, the standard deviation of the perturbation of each parameter.
-        temperature: τ > 0.
+        temperature: τ > 0. With "guided", σ and τ set the scale alone, see `inner_lr`.
         noise: "sign" (the paper's, sign of N(0, 1)), "normal" (N(0, 1), the paper's 1-D illustration), "guided", or a function
             of (tensor, generator) that returns independent noise of the tensor's shape and unit variance, and the same again
-            for the same state of the generator. "guided" goes beyond the paper: ε_k = ±√P G/‖G‖, with G = ∂ℓ_V/∂θ over all P
-            perturbed parameters, which makes the same four moves the central finite difference of the hypergradient through
-            one SGD step (T1–T2). It holds one gradient of the model's size, and gives the two candidates of each ± pair the
-            same random draws. Its candidates are σ√P from θ: if `weights` come out near 0 and 1, raise τ or lower σ.
+            for the same state of the generator. "guided" goes beyond the paper: candidates θ ± r G/‖G‖ with G = ∂ℓ_V/∂θ, and
+            weights at their limit 1/K, which makes the same four moves the central finite difference of the hypergradient
+            through one SGD step (T1–T2). It holds one gradient of the model's size, gives the two candidates of each ± pair the
+            same random draws, and has nothing to tune.
+        radius: r > 0, how far guided candidates lie from θ. Default: 1e-4 ‖θ‖.
+        share_kinks: let the second candidate of a guided pair run with the activation pattern of the first, see `evograd.kinks`.
+            A difference counts the jumps of ∂ℓ_T/∂λ where a ReLU or the maximum of a pool changes sides between the two, and
+            T1–T2 does not.
         strategy: "stream" keeps one candidate at a time, and K gradients of λ's size: nothing of the model's size grows with K.
-            "retain" keeps the K graphs and takes one backward pass of Σ_k c_k ℓ_k: faster where λ is large.
+            "retain" keeps the K graphs and takes one backward pass of Σ_k c_k ℓ_k: faster where λ is large. "vmap" evaluates all
+            candidates in one batched pass (torch.func.vmap), K times the memory: faster where the model is small.
+        chunk_size: how many candidates "vmap" batches at a time. Fewer than K bound its memory, and train_loss is then evaluated
+            twice. Default: all.
         common_random_numbers: let every candidate draw the same random numbers from torch's generators (dropout, say).
-        inner_lr: rescale the estimate to the inner learning rate of T1–T2 hypergradients. For small σ its expectation is the
-            T1–T2 hypergradient at inner learning rate σ² (K − 1) / (K τ), or σ² P / τ if guided (K even). Default: that scale.
+        inner_lr: rescale the estimate to the inner learning rate η of T1–T2 hypergradients; the model's learning rate is what
+            you want. For small σ the estimate's expectation is the T1–T2 hypergradient at η = σ² (K − 1) / (K τ), which is 1e-5 at
+            the defaults: so small that Adam's eps may exceed it and SGD does not move. Default: that scale, the paper's.
         lookahead: where "guided" takes G: named parameters (those after the training step, say), or "sgd" for one SGD step of
-            `inner_lr` on train_loss from θ. Default: at θ.
+            `inner_lr` on train_loss from θ, which costs a forward and a backward pass. Default: at θ. Where λ scales the step
+            itself (a learning rate as a factor of the loss, a weight decay) only a lookahead sees a step that is too long.
         generator: a CPU generator that seeds are drawn from, those of the noise, and with `group` those of what closures draw.
             Default: torch's global one.
         group: a torch.distributed process group that shares out the work (`torch.distributed.group.WORLD` is that of all
             processes). Each calls with the same θ, λ and settings, and each gets the same result. See `share`. Default: this
             process does everything. K losses, K slopes and one gradient of λ's size cross the network, and nothing of θ's size.
         share: what the processes of the group divide. "candidates": all have the same batches, and each evaluates its part of
-            the candidates, at least one. The result is that of one process (to float32's rounding in "retain", to that of the
-            result in "stream"), with the numbers that closures draw (dropout) seeded for each candidate, alike in every
-            process. "batch": each closure is a mean over the process's own part of the batch, parts of equal size; all evaluate
-            every candidate, and losses and gradients are averaged. Not for noise="guided": G of the whole batch has θ's size.
+            the candidates, at least one, or one guided pair. The result is that of one process (to float32's rounding in
+            "retain", to that of the result in "stream"), with the numbers that closures draw (dropout) seeded for each
+            candidate, alike in every process. "batch": each closure is a mean over the process's own part of the batch, parts of
+            equal size; all evaluate every candidate, and losses and gradients are averaged. Not for noise="guided": G of the
+            whole batch has θ's size.
 
     Returns:
         Hypergradient: `grads` (aligned with `hyperparameters`), `val_loss` (), `candidate_losses` (K,), `weights` (K,).
 
     Raises:
         ValueError, TypeError: an argument out of its range, or a loss that is not a scalar.
-        RuntimeError: a hyperparameter on which no loss depends, or a loss that is NaN or infinite. With `group` also, in every
-            process: a closure that raised in another one, or generators that disagree (no noise is sent, so it must be drawn
-            alike: seed them alike). A process that dies is noticed by torch.distributed, at the latest after the timeout of
-            its init_process_group; torchrun ends the others at once.
+        RuntimeError: a hyperparameter on which no loss depends, a loss or a gradient that is NaN or infinite, a loss that writes
+            into the model's parameters. With `group` also, in every process: a closure that raised in another one, or generators
+            that disagree (no noise is sent, so it must be drawn alike: seed them alike). A process that dies is noticed by
+            torch.distributed, at the latest after the timeout of its init_process_group; torchrun ends the others at once.
 
     Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast. What train_loss detaches, and
     depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once,
     at θ, and handed to all of them (the input of label noise's weight net, that of MetaXL's transformation).
     """
-    _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator, group)
+    guided = isinstance(noise, str) and noise == "guided"
+    _check(n_candidates, sigma, temperature, noise, radius, strategy, chunk_size, inner_lr, lookahead, generator, group)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    theta, guided = problem.theta, noise == "guided"
+    lam = problem.lam
+    eta = sigma**2 * (n_candidates - 1) / (n_candidates * temperature)  # of the estimate as it comes
 
     with problem.undisturbed(), Shares(problem, group, share, n_candidates, guided) as shares:
         # starts: states of torch's generators, by set of candidates that draw the same random numbers. One process fills
         # them as it goes; those of a group agree on them before.
         if guided:
+            layout = Layout(problem.theta)
             starts = shares.starts(lambda: draw_seeds((), generator))
             start = starts.get(0)
             if lookahead == "sgd" and start is None:
-                starts[0] = problem.random_state()
-            with problem.replay(start):
-                ahead = problem.lookahead(lookahead, inner_lr)
-            with problem.replay(starts.get("validation")):
-                val, direct, gradient = problem.val_gradient(ahead)
-            epsilon = GuidedNoise(gradient, n_candidates)
+                starts[0] = problem.draws.state()
+            with problem.draws.replay(start):
+                ahead = problem.lookahead(layout, lookahead, inner_lr)
+            with problem.draws.replay(starts.get("validation")):
+                val, direct, gradient = problem.val_gradient(layout, ahead)
+            del ahead
+            candidates = _Guided(layout, gradient, n_candidates, radius, share_kinks, common_random_numbers)
         else:
-            epsilon = SeededNoise(NOISES[noise] if isinstance(noise, str) else noise, theta, n_candidates, generator)
-            starts = shares.starts(lambda: next(iter(epsilon.seeds[0].values())))
+            epsilon = SeededNoise(NOISES[noise] if isinstance(noise, str) else noise, problem.theta, n_candidates, generator)
+            starts = shares.starts(lambda: epsilon.seeds[0][0])
+            candidates = _Random(epsilon, sigma, common_random_numbers)
 
         # 1. perturb, 2. evaluate
         losses, partials = [], []
-        for k in shares.candidates:
-            alike = 0 if common_random_numbers else min(k // 2, n_candidates // 2 - 1) if guided else k
-            start = starts.get(alike)
-            if start is None and (guided or common_random_numbers):
-                starts[alike] = problem.random_state()
-            with problem.replay(start):
-                loss = problem.loss(
-                    train_loss, {name: torch.add(p, epsilon(k, name), alpha=sigma) for name, p in theta.items()}
-                )
-            if strategy == "stream":  # the graph of this candidate ends here
-                partials.append(partial(loss, problem.hyperparameters))
-                loss = loss.detach()
-            losses.append(loss)
+        if strategy == "vmap":
+            batched = _Batched(problem, candidates, shares.candidates, chunk_size)
+            losses = [batched.losses()]
+        for k in shares.candidates if strategy != "vmap" else ():
+            alike = candidates.alike(k)
+            start = starts.get(k if alike is None else alike)
+            if start is None and alike is not None:
+                starts[alike] = problem.draws.state()
+            with problem.draws.replay(start), problem.holding(candidates.parameters(k)), candidates.pattern(k):
+                loss = problem.evaluate(train_loss)
+                if strategy == "stream":  # the graph of this candidate ends here
+                    partials.append(lam.flat(partial(loss, problem.hyperparameters)))
+                    loss = loss.detach()
+            losses.append(loss.reshape(1))
+        losses = torch.cat(losses)
 
         # 3. softmax
-        candidate_losses = shares.gather(torch.stack([loss.detach() for loss in losses]))
-        weights = candidate_weights(candidate_losses, temperature)
+        candidate_losses = shares.gather(losses.detach())
+        weights = candidates.weights(candidate_losses, temperature)
 
-        # 4. combine, and the slopes s_k = σ⟨∂ℓ_V/∂θ*, ε_k⟩
+        # 4. combine, and the slopes s_k = σ⟨∂ℓ_V/∂θ*, ε_k⟩, which give the chain rule's coefficients
         if guided:
-            slopes = sigma * epsilon.slopes.to(weights)[shares.own]
+            coefficients = candidates.coefficients(weights, eta if inner_lr is None else inner_lr)
         else:
-            with problem.replay(starts.get("validation")):
+            with problem.draws.replay(starts.get("validation")):
                 val, direct, slopes = _validate_merged(problem, epsilon, weights, sigma, shares.candidates)
-        slopes = shares.gather(slopes)
+            coefficients = loss_coefficients(weights, shares.gather(slopes), temperature)
+            if inner_lr is not None:
+                coefficients = coefficients * (inner_lr / eta)
 
         # the chain rule: ∂ℓ_V/∂λ + Σ_k c_k ∂ℓ_k/∂λ
-        coefficients = loss_coefficients(weights, slopes, temperature)
-        if inner_lr is not None:
-            spread = epsilon.mean_square * epsilon.n_parameters if guided else 1 - 1 / n_candidates
-            coefficients = coefficients * (inner_lr * temperature / (sigma**2 * spread))
-        own = coefficients[shares.own]
+        own = shares.of(coefficients)
         if strategy == "stream":
-            weighted = [_weighted_sum(own, gs) for gs in zip(*partials)]
+            weighted = lam.weighted_sum(own, partials)
+        elif strategy == "vmap":
+            weighted = batched.weighted_sum(own, losses, lam)
         else:
-            weighted = partial((own * torch.stack(losses)).sum(), problem.hyperparameters)
-        val, grads = shares.total(val, direct, weighted)
-        check_finite(candidate_losses, val)
+            weighted = lam.flat(partial((own * losses).sum(), problem.hyperparameters))
+        val, total = shares.total(val, lam.flat(direct), weighted)
+        grads = problem.grads(total)
+        check_finite(candidate_losses, val, grads)
     return Hypergradient(grads, val, candidate_losses, weights)
 
 
@@ -178,72 +204,220 @@ def loss_coefficients(weights: Tensor, slopes: Tensor, temperature: float) -> Te
     return -(weights / temperature) * (slopes - (weights * slopes).sum(0))
 
 
+class _Random:
+    """θ_k = θ + σ ε_k with independent noise."""
+
+    def __init__(self, epsilon: SeededNoise, sigma: float, common: bool):
+        self.epsilon, self.sigma, self.common = epsilon, sigma, common
+
+    def parameters(self, k: int) -> dict[str, Tensor]:
+        flats = []
+        for b, bucket in enumerate(self.epsilon.layout.buckets):
+            flats.append(bucket.empty())
+            self.epsilon.write(k, b, flats[b], self.sigma)
+        return self.epsilon.layout.moved(flats)
+
+    def alike(self, k: int) -> int | None:
+        """Which candidates draw the same random numbers as this one; None: no other ever does."""
+        return 0 if self.common else None
+
+    def pattern(self, k: int) -> AbstractContextManager:
+        return nullcontext()
+
+    weights = staticmethod(candidate_weights)
+
+
+class _Guided:
+    """θ_k = θ ± r G/‖G‖, and θ itself for the last of an odd number: central differences along G, in pairs."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        gradient: list[Tensor],
+        n_candidates: int,
+        radius: float | None,
+        share_kinks: bool,
+        common: bool,
+    ):
+        self.layout, self.gradient, self.n_candidates = layout, gradient, n_candidates
+        self.share_kinks, self.common = share_kinks, common
+        self.norm = _norm(gradient)
+        if radius is None:
+            size = _norm([p for bucket in layout.buckets for p in bucket.tensors])
+            self.radius = RADIUS * torch.where(size > 0, size, 1)
+        else:
+            self.radius = torch.full_like(self.norm, radius)
+        self.step = torch.where(self.norm > 0, self.radius / self.norm, 0)  # no gradient, no direction: candidates are θ itself
+        self.kinks: Kinks | None = None  # of the pair that is evaluated
+
+    def amplitude(self, k: int) -> int:
+        return 0 if k == self.n_candidates - 1 and k % 2 == 0 else (1, -1)[k % 2]
+
+    def parameters(self, k: int) -> dict[str, Tensor]:
+        flats = []
+        for bucket, gradient in zip(self.layout.buckets, self.gradient):
+            flats.append(bucket.empty())
+            torch.mul(gradient, (self.amplitude(k) * self.step).to(gradient), out=flats[-1][: gradient.numel()])
+        return self.layout.moved(flats)
+
+    def alike(self, k: int) -> int:
+        return 0 if self.common else min(k // 2, self.n_candidates // 2 - 1)
+
+    def pattern(self, k: int) -> AbstractContextManager:
+        if not self.share_kinks or self.amplitude(k) == 0:
+            return nullcontext()
+        if k % 2 == 0:
+            self.kinks = Kinks()
+            return self.kinks.record()
+        return self.kinks.replay()
+
+    def weights(self, losses: Tensor, temperature: float) -> Tensor:
+        """Their limit for a small radius."""
+        return torch.full_like(losses, 1 / len(losses))
+
+    def coefficients(self, weights: Tensor, inner_lr: float) -> Tensor:
+        """∓ η ‖G‖ / 2r, averaged over the pairs: what c_k tends to, at the scale of `inner_lr`."""
+        signs = weights.new_tensor([-self.amplitude(k) for k in range(self.n_candidates)])
+        return signs * (inner_lr * self.norm / (2 * self.radius * (self.n_candidates // 2))).to(weights)
+
+
+class _Batched:
+    """All candidates, or chunks of them, in one pass by torch.func.vmap."""
+
+    def __init__(self, problem: Problem, candidates: _Random, of: Sequence[int], chunk_size: int | None):
+        self.problem, self.candidates = problem, candidates
+        size = len(of) if chunk_size is None else chunk_size
+        self.chunks = [of[start : start + size] for start in range(0, len(of), size)]
+        self.starts: list[list[Tensor]] = []
+
+    def losses(self) -> Tensor:
+        """ℓ_k of all candidates, with their graph if it is one chunk."""
+        if len(self.chunks) == 1:
+            return self._evaluate(self.chunks[0])
+        losses = []
+        for chunk in self.chunks:
+            self.starts.append(self.starts[0] if self.starts and self.candidates.common else self.problem.draws.state())
+            with self.problem.draws.replay(self.starts[-1] if self.candidates.common else None), torch.no_grad():
+                losses.append(self._evaluate(chunk))
+        return torch.cat(losses)
+
+    def weighted_sum(self, coefficients: Tensor, losses: Tensor, lam: Vector) -> Vector.Flat:
+        """Σ_k c_k ∂ℓ_k/∂λ."""
+        if len(self.chunks) == 1:
+            return lam.flat(partial((coefficients * losses).sum(), lam.tensors))
+        total = None
+        for chunk, start, own in zip(self.chunks, self.starts, coefficients.split(len(self.chunks[0]))):
+            with self.problem.draws.replay(start):
+                term = lam.flat(partial((own * self._evaluate(chunk)).sum(), lam.tensors))
+            total = term if total is None else lam.add(total, term)
+        return total
+
+    def _evaluate(self, chunk: Sequence[int]) -> Tensor:
+        epsilon, problem = self.candidates.epsilon, self.problem
+        stacked = {}
+        for b, bucket in enumerate(epsilon.layout.buckets):
+            flat = bucket.empty(len(chunk))
+            for row, k in zip(flat, chunk):
+                epsilon.write(k, b, row, self.candidates.sigma)
+            views = bucket.views(flat)
+            torch._foreach_add_(views, bucket.tensors)
+            stacked.update(zip(bucket.names, views))
+        buffers = [b.expand(len(chunk), *b.shape).clone() for b in problem.slots.buffers.values()]
+
+        def loss(parameters: dict[str, Tensor], buffers: list[Tensor]) -> Tensor:
+            with problem.holding(parameters, buffers):
+                return problem.evaluate(problem.train_loss)
+
+        randomness = "same" if self.candidates.common else "different"
+        try:
+            return torch.func.vmap(loss, randomness=randomness)(stacked, buffers)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "batch" not in str(error).lower():
+                raise
+            raise RuntimeError(
+                f"strategy='vmap' cannot batch an operation of train_loss: {str(error).splitlines()[0]} "
+                "Use strategy='stream', which takes any operation, or write the operation without it"
+            ) from error
+
+
 def _validate_merged(
     problem: Problem, epsilon: SeededNoise, weights: Tensor, sigma: float, candidates: Sequence[int]
 ) -> tuple[Tensor, list[Tensor | None], Tensor]:
     """(ℓ_V, ∂ℓ_V/∂λ, s_k of `candidates`) at θ* = Σ_k w_k θ_k, over all k.
 
-    The gradient by θ* never exists whole: a hook on each merged tensor takes its part of every s_k as soon as the backward
-    pass has that tensor's gradient, and hands on an empty view in its place.
+    The gradient by θ* never exists whole: its part of every s_k is taken bucket by bucket, as the backward pass comes to it.
     """
-    slopes = weights.new_zeros(len(candidates))
+    dots: list[list[Tensor]] = [[] for _ in candidates]
 
-    def combine(name: str) -> Tensor:
-        merged = problem.theta[name].clone()
-        for k, weight in enumerate(weights):
-            merged.addcmul_(epsilon(k, name), weight.to(merged), value=sigma)
+    def take(b: int, gradient: Tensor) -> None:
+        for own, k in zip(dots, candidates):
+            for part, noise in epsilon.pieces(k, b):
+                piece = gradient[part]
+                own.append(torch.dot(piece, noise[: len(piece)]).to(weights))
 
-        def take_slopes(gradient: Tensor) -> Tensor:
-            for slope, k in zip(slopes, candidates):
-                dot = torch.dot(gradient.reshape(-1), epsilon(k, name).reshape(-1))
-                slope.add_(dot.to(slope), alpha=sigma)
-            return gradient.new_zeros(()).expand_as(gradient)
-
-        merged.requires_grad_().register_hook(take_slopes)
-        return merged
-
-    merged = {name: combine(name) for name in problem.theta}
-    val = problem.loss(problem.val_loss, merged)
-    direct = partial(val, [*problem.hyperparameters, *merged.values()])[: len(problem.hyperparameters)]
-    return val.detach(), direct, slopes
+    val, direct = problem.gradient(problem.val_loss, epsilon.layout, _merged(epsilon, weights, sigma), take)
+    if not dots[0]:  # val_loss does not depend on θ
+        return val, direct, weights.new_zeros(len(candidates))
+    return val, direct, sigma * torch.stack([dot for own in dots for dot in own]).view(len(candidates), -1).sum(1)
 
 
-def _weighted_sum(coefficients: Tensor, grads: Sequence[Tensor | None]) -> Tensor | None:
-    """Σ_k c_k ∂ℓ_k/∂λ for one hyperparameter; None where no candidate's loss depends on it.
-
-    In float64, where the device has it: the c_k sum to zero, and what is left may be a thousandth of the terms.
-    """
-    total = None
-    for c, g in zip(coefficients, grads):
-        if g is not None:
-            term = c.to(g.device, g.dtype if g.is_mps else torch.float64).view([1] * g.ndim) * g
-            total = term if total is None else total.add_(term)
-    return total
+def _merged(epsilon: SeededNoise, weights: Tensor, sigma: float) -> dict[str, Tensor]:
+    """θ* = θ + σ Σ_k w_k ε_k."""
+    flats = [bucket.zeros() for bucket in epsilon.layout.buckets]
+    for b, flat in enumerate(flats):
+        for k, weight in enumerate(weights.to(flat)):
+            for part, noise in epsilon.pieces(k, b):
+                flat[part].addcmul_(noise, weight, value=sigma)
+    return epsilon.layout.moved(flats)
 
 
-def _check(n_candidates, sigma, temperature, noise, strategy, inner_lr, lookahead, generator, group) -> None:
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them as one vector, in float32 at least."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch._foreach_norm(tensors)
+    return torch.stack([n.to(norms[0].device, dtype) for n in norms]).norm()
+
+
+def _check(
+    n_candidates, sigma, temperature, noise, radius, strategy, chunk_size, inner_lr, lookahead, generator, group
+) -> None:
     if not isinstance(n_candidates, Integral) or n_candidates < 2:
         raise ValueError(
             f"n_candidates={n_candidates!r} must be an integer of at least 2: with one candidate the softmax is constant"
         )
-    check_positive("sigma", sigma)
-    check_positive("temperature", temperature)
-    if inner_lr is not None:
-        check_positive("inner_lr", inner_lr)
+    for name, value in {"sigma": sigma, "temperature": temperature}.items():
+        check_positive(name, value)
+    for name, value in {"inner_lr": inner_lr, "radius": radius}.items():
+        if value is not None:
+            check_positive(name, value)
     accepted = [*NOISES, "guided"]
     if not callable(noise) and noise not in accepted:
         raise ValueError(
             f"noise={noise!r} is unknown; accepted are {', '.join(map(repr, accepted))} or a function of (tensor, generator)"
         )
+    guided = not callable(noise) and noise == "guided"
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; accepted are {', '.join(map(repr, STRATEGIES))}")
-    if lookahead is not None and noise != "guided":
-        raise ValueError(f"lookahead is where noise='guided' takes its gradient; it has no meaning with noise={noise!r}")
+    if guided and strategy == "vmap":
+        raise ValueError(
+            "strategy='vmap' evaluates candidates at once, but the two of a pair of noise='guided' run one after the other, "
+            "since they share their kinks; accepted are 'stream' and 'retain'"
+        )
+    if chunk_size is not None:
+        if strategy != "vmap":
+            raise ValueError(f"chunk_size is of strategy='vmap'; it has no meaning with strategy={strategy!r}")
+        if not isinstance(chunk_size, Integral) or chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1")
+    if not guided:
+        for name, value in {"lookahead": lookahead, "radius": radius}.items():
+            if value is not None:
+                what = "where noise='guided' takes its gradient" if name == "lookahead" else "how far guided candidates lie from θ"
+                raise ValueError(f"{name} is {what}; it has no meaning with noise={noise!r}")
     if generator is not None:
         if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
             given = f"on {generator.device}" if isinstance(generator, torch.Generator) else type(generator).__name__
             raise ValueError(
                 f"generator is {given}; it must be a torch.Generator on the CPU, since seeds are drawn on the host"
             )
-        if noise == "guided" and group is None:
+        if guided and group is None:
             raise ValueError("generator is what random noise draws from; noise='guided' draws nothing")

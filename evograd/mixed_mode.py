@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
 
 # torch.func.jvp scripts its own formulas at its first call, and warns of that.
@@ -52,13 +53,20 @@ def mixed_mode(
     """
     check_positive("inner_lr", inner_lr)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    layout = Layout(problem.theta)
     with problem.undisturbed():
-        draws = problem.random_state() if isinstance(lookahead, str) else None
-        val, direct, gradient = problem.val_gradient(problem.lookahead(lookahead, inner_lr))
+        draws = problem.draws.state() if isinstance(lookahead, str) else None
+        val, direct, flats = problem.val_gradient(layout, problem.lookahead(layout, lookahead, inner_lr))
+        gradient = layout.named(flats)
+
+        def loss_at(theta: dict[str, Tensor]) -> Tensor:
+            with problem.holding(theta):
+                return problem.evaluate(train_loss)
+
         # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
-        with problem.replay(draws), PlainNormalization():
+        with problem.draws.replay(draws), PlainNormalization():
             try:
-                loss, slope = torch.func.jvp(lambda theta: problem.loss(train_loss, theta), (problem.theta,), (gradient,))
+                loss, slope = torch.func.jvp(loss_at, (problem.theta,), (gradient,))
             except NotImplementedError as error:
                 raise NotImplementedError(
                     "mixed_mode takes train_loss in forward mode, and an operation in it has no formula for that: "
@@ -68,8 +76,8 @@ def mixed_mode(
                 ) from error
         mixed = partial(slope, problem.hyperparameters)
         grads = problem.assemble([direct, [None if g is None else -inner_lr * g for g in mixed]])
-    losses = loss.detach().reshape(1)
-    check_finite(losses, val)
+        losses = loss.detach().reshape(1)
+        check_finite(losses, val, grads)
     return Hypergradient(grads, val, losses, torch.ones_like(losses))
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.func import functional_call
-from torch.utils._python_dispatch import _disable_current_modes
+
+from .noise import Layout, on_the_host
+from .swap import Slots, copies
 
 Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[str] | None
@@ -62,14 +64,17 @@ class Problem:
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
         self.hyperparameters = _checked_hyperparameters(hyperparameters)
+        self.own = dict(model.named_parameters())  # a shared parameter appears once, under its first name
+        self.slots = Slots(model)
         self.theta, self.fixed = self._split(parameters)
+        self.lam = Vector(self.hyperparameters)
         tensors = [*self.theta.values(), *self.fixed.values(), *self.hyperparameters]
-        self.cuda_devices = sorted({t.device for t in tensors if t.device.type == "cuda"}, key=str)
+        self.draws = Draws({t.device for t in tensors if t.device.type == "cuda"})
 
     def _split(self, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Names of the model's parameters -> (θ, held fixed), both detached, without the hyperparameters."""
         hyper = {id(h) for h in self.hyperparameters}
-        own = dict(self.model.named_parameters())  # a tied parameter appears once, under its first name
+        own = self.own
         if parameters is None:
             chosen = {name: p for name, p in own.items() if p.requires_grad and id(p) not in hyper}
             if not chosen:
@@ -89,8 +94,7 @@ class Problem:
 
     def named(self, parameters: Parameters, argument: str) -> dict[str, Tensor]:
         """A mapping, (name, tensor) pairs or names -> {first name of the parameter: tensor}; ValueError if one does not fit."""
-        own = dict(self.model.named_parameters())
-        first_name = {id(p): name for name, p in own.items()}
+        first_name = {id(p): name for name, p in self.own.items()}
         every_name = dict(self.model.named_parameters(remove_duplicate=False))
         items = list(parameters.items()) if isinstance(parameters, Mapping) else list(parameters)
         result = {}
@@ -101,7 +105,7 @@ class Problem:
                 )
             name, tensor = (item, every_name.get(item)) if isinstance(item, str) else item
             if name not in every_name:
-                raise ValueError(f"{argument}: the model has no parameter {name!r}; it has {_some(own)}")
+                raise ValueError(f"{argument}: the model has no parameter {name!r}; it has {_some(self.own)}")
             target = every_name[name]
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{argument}: {name!r} is {type(tensor).__name__}; a tensor is needed")
@@ -113,39 +117,54 @@ class Problem:
             result[first_name[id(target)]] = tensor
         return result
 
-    def loss(self, closure: Closure, parameters: Mapping[str, Tensor]) -> Tensor:
-        """closure(model) with `parameters` in place of the model's own.
+    # --- losses at other parameters
 
-        Buffers are copies: what BatchNorm gathers from a candidate is thrown away.
+    @contextmanager
+    def holding(self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor] | None = None):
+        """The model with `parameters` in place of its own; see `Slots.holding`.
+
+        What a loss needs for its backward pass may be computed there (gradient checkpointing), so that belongs inside too.
         """
-        return at(self.model, {**self.fixed, **parameters}, lambda model: self.scalar(closure, model))
+        pairs = ((self.own[name], tensor) for name, tensor in (*self.fixed.items(), *parameters.items()))
+        with self.slots.holding(pairs, buffers):
+            yield
 
-    def scalar(self, closure: Closure, model: nn.Module) -> Tensor:
-        """closure(model), checked to be a scalar. Modes that the closure sets are its own: the next one does not see them."""
-        modes = [(module, module.training) for module in model.modules()]
-        try:
-            value = closure(model)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    def evaluate(self, closure: Closure) -> Tensor:
+        """closure(model), checked to be a scalar, as ()."""
+        return self.scalar(closure, closure(self.model))
+
+    def scalar(self, closure: Closure, value: object) -> Tensor:
+        """The value of a loss, as ()."""
         which = "train_loss" if closure is self.train_loss else "val_loss"
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             )
             raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
-        return value.reshape(())
+        return value if value.ndim == 0 else value.reshape(())
 
-    def val_gradient(self, at: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
-        """(ℓ_V, ∂ℓ_V/∂λ, G = ∂ℓ_V/∂θ) at the parameters `at`, G whole."""
-        leaves = {name: p.detach().requires_grad_() for name, p in at.items()}
-        value = self.loss(self.val_loss, leaves)
-        n = len(self.hyperparameters)
-        grads = partial(value, [*self.hyperparameters, *leaves.values()])
-        gradient = {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(leaves.items(), grads[n:])}
-        return value.detach(), grads[:n], gradient
+    def gradient(
+        self, closure: Closure, layout: Layout, at: Mapping[str, Tensor], take: Callable[[int, Tensor], None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """(ℓ, ∂ℓ/∂λ) of a loss at the parameters `at`; and take(b, flat) gets its gradient by them, bucket by bucket.
 
-    def lookahead(self, lookahead: Parameters | str, inner_lr: float | None) -> dict[str, Tensor]:
+        A bucket's gradient is handed over as soon as the backward pass has it, so that the whole need never exist at once.
+        """
+        leaves = {name: at[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
+        gathering = _Gathering(layout, leaves, take)
+        with self.holding(leaves):
+            value = self.evaluate(closure)
+            with gathering:
+                grads = partial(value, [*self.hyperparameters, *leaves.values()])
+        return value.detach(), grads[: len(self.hyperparameters)]
+
+    def val_gradient(self, layout: Layout, at: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        """(ℓ_V, ∂ℓ_V/∂λ, G = ∂ℓ_V/∂θ) at the parameters `at`, G whole: one flat tensor for each bucket."""
+        flats: dict[int, Tensor] = {}
+        value, direct = self.gradient(self.val_loss, layout, at, flats.__setitem__)
+        return value, direct, [flats[b] if b in flats else bucket.zeros() for b, bucket in enumerate(layout.buckets)]
+
+    def lookahead(self, layout: Layout, lookahead: Parameters | str, inner_lr: float | None) -> dict[str, Tensor]:
         """The parameters at which G is taken: θ itself (None), given ones, or θ − inner_lr ∇ℓ_T(θ, λ) ("sgd")."""
         if lookahead is None:
             return self.theta
@@ -154,49 +173,186 @@ class Problem:
                 raise ValueError(f"lookahead={lookahead!r} is unknown; accepted are None, 'sgd' and named parameters")
             if inner_lr is None:
                 raise ValueError("lookahead='sgd' needs inner_lr, the learning rate of that step")
-            leaves = {name: p.detach().requires_grad_() for name, p in self.theta.items()}
-            grads = partial(self.loss(self.train_loss, leaves), list(leaves.values()))
-            ahead = {}
-            for i, (name, p) in enumerate(self.theta.items()):
-                gradient, grads[i] = grads[i], None  # each gradient goes as its step is taken: one copy alive, not two
-                ahead[name] = p if gradient is None else torch.add(p, gradient, alpha=-inner_lr)
+            ahead = dict(self.theta)
+
+            def step(b: int, gradient: Tensor) -> None:
+                ahead.update(layout.buckets[b].moved(torch.mul(gradient, -inner_lr)))
+
+            self.gradient(self.train_loss, layout, self.theta, step)
             return ahead
         given = self.named(lookahead, "lookahead")
         return {name: given.get(name, p).detach() for name, p in self.theta.items()}
 
-    def assemble(self, terms: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
-        """The hypergradient as a sum of terms over the hyperparameters; None stands for no dependence."""
-        grads = []
-        for i, (h, parts) in enumerate(zip(self.hyperparameters, zip(*terms))):
-            parts = [p for p in parts if p is not None]
-            if not parts:
+    def grads(self, total: Vector.Flat) -> list[Tensor]:
+        """The hypergradient, one tensor for each hyperparameter; RuntimeError where nothing depends on one."""
+        self.check_dependence(total)
+        return self.lam.split(total)
+
+    def check_dependence(self, total: Vector.Flat) -> None:
+        """RuntimeError if there is a hyperparameter on which nothing depends."""
+        for i, h in enumerate(self.hyperparameters):
+            if i not in total.depends:
                 name = next((f" ({n!r})" for n, p in self.model.named_parameters() if p is h), "")
                 raise RuntimeError(
                     f"hyperparameters[{i}]{name}, of shape {tuple(h.shape)}: the hypergradient does not depend on it; either "
                     "val_loss must, or train_loss by a term that the parameters are in too, by operations that autograd records"
                 )
-            # What autograd returns may share its storage with another gradient, or be an expanded view.
-            grads.append(sum(parts[1:], parts[0]) if len(parts) > 1 else parts[0].clone())
-        return grads
+
+    def assemble(self, terms: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+        """The hypergradient as a sum of terms over the hyperparameters; None stands for no dependence."""
+        total = self.lam.flat(terms[0])
+        for term in terms[1:]:
+            total = self.lam.add(total, self.lam.flat(term))
+        return self.grads(total)
 
     @contextmanager
     def undisturbed(self):
-        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too."""
-        tensors = {id(t): t for t in [*self.model.parameters(), *self.hyperparameters]}.values()
+        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too.
+
+        RuntimeError if a closure has written into the model's parameters, which cannot be undone.
+        """
+        tensors = {id(t): t for t in [*self.own.values(), *self.hyperparameters]}.values()
         before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
+        versions = {name: p._version for name, p in self.own.items() if not p.is_inference()}
         try:
-            for tensor, _, _ in before:
-                tensor.grad = None
+            for tensor, _, gradient in before:
+                if gradient is not None:
+                    tensor.grad = None
             with torch.enable_grad():
                 yield
         finally:
-            for tensor, requires_grad, grad in before:
-                tensor.requires_grad_(requires_grad)
-                tensor.grad = grad
+            for tensor, requires_grad, gradient in before:
+                if tensor.requires_grad != requires_grad:
+                    tensor.requires_grad_(requires_grad)
+                if tensor.grad is not gradient:
+                    tensor.grad = gradient
+        written = [name for name, version in versions.items() if self.own[name]._version != version]
+        if written:
+            raise RuntimeError(f"a loss has written into the model's parameters {_some(written)}: the model is changed")
 
-    def random_state(self, seed: int | None = None) -> list[Tensor]:
-        """The state of torch's generators, from which train_loss and val_loss draw (dropout); or what `seed` would make it."""
-        with _disable_current_modes():
+
+class _Gathering:
+    """Within the block gradients of leaves are handed to take(b, flat) by buckets, and dropped.
+
+    Backward passes that a loss makes itself come before the block, and see nothing of it.
+    """
+
+    def __init__(self, layout: Layout, leaves: Mapping[str, Tensor], take: Callable[[int, Tensor], None]):
+        self.layout, self.take, self.open = layout, take, False
+        self.waiting: list[dict[int, Tensor]] = [{} for _ in layout.buckets]
+        for b, bucket in enumerate(layout.buckets):
+            nothing = bucket.like.new_zeros(())
+            for i, name in enumerate(bucket.names):
+                leaves[name].register_hook(self._hook(b, i, nothing))
+
+    def _hook(self, b: int, i: int, nothing: Tensor):
+        def hook(gradient: Tensor) -> Tensor | None:
+            if not self.open:
+                return None
+            self.waiting[b][i] = gradient
+            if len(self.waiting[b]) == len(self.layout.buckets[b].names):
+                self._hand_over(b)
+            return nothing.expand_as(gradient)
+
+        return hook
+
+    def _hand_over(self, b: int) -> None:
+        bucket, found = self.layout.buckets[b], self.waiting[b]
+        if len(bucket.names) == 1 and found and found[0].stride() == bucket.places[0][1]:
+            gradient = found.pop(0)
+            self.take(b, gradient.as_strided((gradient.numel(),), (1,)))
+            return
+        flat = bucket.zeros()
+        views = bucket.views(flat)
+        torch._foreach_copy_([views[i] for i in found], list(found.values()))
+        found.clear()
+        self.take(b, flat)
+
+    def __enter__(self) -> None:
+        self.open = True
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.open = False
+        if error is None:
+            for b, found in enumerate(self.waiting):
+                if found:  # losses do not depend on all of this bucket
+                    self._hand_over(b)
+
+
+class Vector:
+    """λ, and gradients by it, end to end: one vector for each device."""
+
+    class Flat(NamedTuple):
+        """vectors: None where nothing depends.  depends: on which hyperparameters."""
+
+        vectors: list[Tensor] | None
+        depends: frozenset[int]
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = list(tensors)
+        groups: dict[torch.device, list[int]] = {}
+        for i, tensor in enumerate(self.tensors):
+            groups.setdefault(tensor.device, []).append(i)
+        self.groups = list(groups.values())
+
+    def flat(self, grads: Sequence[Tensor | None]) -> Flat:
+        """One gradient for each hyperparameter, None where there is no dependence."""
+        depends = frozenset(i for i, g in enumerate(grads) if g is not None)
+        if not depends:
+            return self.Flat(None, depends)
+        vectors = []
+        for members in self.groups:
+            parts = [
+                grads[i].reshape(-1) if i in depends else self.tensors[i].new_zeros(self.tensors[i].numel()) for i in members
+            ]
+            vectors.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self.Flat(vectors, depends)
+
+    def weighted_sum(self, coefficients: Tensor, flats: Sequence[Flat]) -> Flat:
+        """Σ_k c_k f_k, in float64, where the device has it.
+
+        The c_k of candidates sum to zero, and what is left may be a thousandth of the terms.
+        """
+        depends = frozenset().union(*(flat.depends for flat in flats))
+        if not depends:
+            return self.Flat(None, depends)
+        totals: list[Tensor] = []
+        for group, members in enumerate(self.groups):
+            first = self.tensors[members[0]]
+            exact = dict(device=first.device, dtype=first.dtype if first.is_mps else torch.float64)
+            total = None
+            for c, flat in zip(coefficients.to(**exact).unbind(), flats):
+                if flat.vectors is not None:
+                    term = flat.vectors[group].to(**exact)
+                    total = term * c if total is None else total.addcmul_(term, c)
+            totals.append(total)
+        return self.Flat(totals, depends)
+
+    def add(self, a: Flat, b: Flat) -> Flat:
+        if a.vectors is None or b.vectors is None:
+            return b if a.vectors is None else a
+        return self.Flat([x + y for x, y in zip(a.vectors, b.vectors)], a.depends | b.depends)
+
+    def split(self, flat: Flat) -> list[Tensor]:
+        """One tensor for each hyperparameter, of its shape and dtype, in storage of its own."""
+        result: list[Tensor] = [None] * len(self.tensors)
+        for members, vector in zip(self.groups, flat.vectors):
+            dtypes = {self.tensors[i].dtype for i in members}
+            vector = vector.to(dtypes.pop()) if len(dtypes) == 1 else vector
+            for i, piece in zip(members, vector.split([self.tensors[i].numel() for i in members])):
+                result[i] = piece.view(self.tensors[i].shape).to(self.tensors[i].dtype)
+        return copies(result)
+
+
+class Draws:
+    """What losses draw from torch's generators (dropout, say): drawn again, or anew."""
+
+    def __init__(self, cuda_devices: Iterable[torch.device]):
+        self.cuda_devices = sorted(cuda_devices, key=str)
+
+    def state(self, seed: int | None = None) -> list[Tensor]:
+        """The state of torch's generators, or what `seed` would make it."""
+        with on_the_host():
             if seed is not None:
                 return [torch.Generator(d).manual_seed(seed).get_state() for d in ("cpu", *self.cuda_devices)]
             return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda_devices)]
@@ -207,35 +363,25 @@ class Problem:
         if state is None:
             yield
             return
-        here = self.random_state()
-        self._set_random_state(state)
+        here = self.state()
+        self._set(state)
         try:
             yield
         finally:
-            self._set_random_state(here)
+            self._set(here)
 
-    def _set_random_state(self, state: list[Tensor]) -> None:
-        with _disable_current_modes():
+    def _set(self, state: list[Tensor]) -> None:
+        with on_the_host():
             torch.set_rng_state(state[0])
             for device, s in zip(self.cuda_devices, state[1:]):
                 torch.cuda.set_rng_state(s, device)
 
 
 def at(model: nn.Module, parameters: Mapping[str, Tensor], function: Callable):
-    """function(model) with `parameters` in place of the model's own, and on copies of its buffers."""
-    tensors = {**parameters, **{name: b.clone() for name, b in model.named_buffers()}}
-    return functional_call(_Calls(function, model), {f"model.{name}": t for name, t in tensors.items()}, ())
-
-
-class _Calls(nn.Module):
-    """closure(model) as a forward pass, so that functional_call swaps tensors under all that the closure does with it."""
-
-    def __init__(self, closure: Closure, model: nn.Module):
-        super().__init__()
-        self.closure, self.model = closure, model
-
-    def forward(self) -> Tensor:
-        return self.closure(self.model)
+    """function(model) with `parameters`, by name, in place of the model's own."""
+    own = dict(model.named_parameters())
+    with Slots(model).holding((own[name], tensor) for name, tensor in parameters.items()):
+        return function(model)
 
 
 def partial(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -250,16 +396,23 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be a positive, finite number")
 
 
-def check_finite(train_losses: Tensor, val_loss: Tensor) -> None:
-    """NotFinite, a RuntimeError, if a loss is NaN or infinite. The one host synchronisation of a step, at its end."""
+def check_finite(train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor]) -> None:
+    """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end."""
     if isinstance(val_loss, FakeTensor) or (val_loss.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    losses = torch.cat([train_losses, val_loss.reshape(1).to(train_losses)]).tolist()
-    for k, value in enumerate(losses):
+    largest = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
+    n = len(train_losses)
+    values = torch.cat([train_losses, torch.stack([v.to(train_losses) for v in (val_loss, *largest)])]).tolist()
+    for k, value in enumerate(values):
         if not math.isfinite(value):
-            which = "val_loss" if k == len(losses) - 1 else f"train_loss of candidate {k}"
+            which = "val_loss" if k == n else f"train_loss of candidate {k}"
+            if k > n:
+                raise NotFinite(
+                    f"the gradient by hyperparameters[{k - n - 1}] is not finite, although the losses are: an operation has no "
+                    "finite derivative where it was taken (a root or a norm at zero, say)"
+                )
             raise NotFinite(
-                f"{which} is {value}; a finite loss is needed (candidates: {losses[:-1]}, validation: {losses[-1]})"
+                f"{which} is {value}; a finite loss is needed (candidates: {values[:n]}, validation: {values[n]})"
             )
 
 

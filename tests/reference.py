@@ -21,9 +21,12 @@ class Caller:
 
 
 def evograd_reference(
-    problem, n_candidates=2, sigma=1e-3, temperature=0.05, noise="sign", common_random_numbers=False, generator=None
+    problem, n_candidates=2, sigma=1e-3, temperature=0.05, noise="sign", common_random_numbers=False, generator=None, radius=None
 ):
-    """Gradients for each hyperparameter, with the random numbers that the library draws from the same seed."""
+    """Gradients for each hyperparameter, with the random numbers that the library draws from the same seed.
+
+    Guided: pairs θ ± r G/‖G‖ with the softmax linearised where all weights are equal, at the scale of random noise.
+    """
     train_loss, val_loss, model, hyperparameters = problem.args()
     own = dict(model.named_parameters())
     hyper = {id(h) for h in hyperparameters}
@@ -44,7 +47,8 @@ def evograd_reference(
         signs = [1.0 if k % 2 == 0 else -1.0 for k in range(n_candidates)]
         if n_candidates % 2 == 1:
             signs[-1] = 0.0
-        epsilon = [{n: s * len(flat) ** 0.5 * g / flat.norm() for n, g in gradient.items()} for s in signs]
+        eta, sigma = sigma**2 * (n_candidates - 1) / (n_candidates * temperature), radius
+        epsilon = [{n: s * g / flat.norm() for n, g in gradient.items()} for s in signs]
     else:
         draw = SeededNoise(NOISES.get(noise, noise), theta, n_candidates, generator)
         epsilon = [{n: draw(k, n) for n in theta} for k in range(n_candidates)]
@@ -56,10 +60,9 @@ def evograd_reference(
             torch.set_rng_state(states[group])
         states[group] = torch.get_rng_state()
         losses.append(loss(train_loss, {n: theta[n] + sigma * epsilon[k][n] for n in theta}))
+    if noise == "guided":
+        pairs = sum(s * ell for s, ell in zip(signs, losses)) / (2 * radius * (n_candidates // 2))
+        return torch.autograd.grad(value - eta * flat.norm() * pairs, hyperparameters)
     weights = torch.softmax(-torch.stack(losses) / temperature, dim=0)
     merged = {n: sum(w * (theta[n] + sigma * e[n]) for w, e in zip(weights, epsilon)) for n in theta}
-    if noise == "guided":  # the validation loss to first order around the point where its gradient was taken
-        value = value + sum((gradient[n] * (merged[n] - theta[n])).sum() for n in theta)
-    else:
-        value = loss(val_loss, merged)
-    return torch.autograd.grad(value, hyperparameters)
+    return torch.autograd.grad(loss(val_loss, merged), hyperparameters)

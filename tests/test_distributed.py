@@ -27,9 +27,9 @@ SETTINGS = {
     "normal": {"noise": "normal", "n_candidates": 64},
     "retain": {"strategy": "retain", "n_candidates": 6},
     "common": {"common_random_numbers": True, "inner_lr": 0.1},
-    "guided": {"noise": "guided"},
-    "guided_retain": {"noise": "guided", "strategy": "retain", "n_candidates": 7},
-    "guided_sgd": {"noise": "guided", "lookahead": "sgd", "inner_lr": 0.1, "n_candidates": 6},
+    "guided": {"noise": "guided", "n_candidates": 8},
+    "guided_retain": {"noise": "guided", "strategy": "retain", "n_candidates": 9},
+    "guided_sgd": {"noise": "guided", "lookahead": "sgd", "inner_lr": 0.1, "n_candidates": 8},
 }
 KINDS = ["mixed_shapes", "val_depends_directly", "hyperparameters_inside", "batchnorm"]
 OWN_SEEDS = ("sign", "common", "guided", "guided_sgd")
@@ -120,8 +120,6 @@ def process(rank, folder):
     for size in (s for s in SIZES if rank < s):
         group = groups[size]
         for name, settings in SETTINGS.items():
-            if settings.get("n_candidates", 4) < size:
-                continue
             for kind in KINDS:
                 seen["candidates", size, kind, name] = estimate(bilevel(kind).args(), group, **settings)
             seen["candidates", size, "dropout", name] = estimate(bilevel("dropout").args(), group, **settings)
@@ -149,6 +147,7 @@ def process(rank, folder):
     seen["own_seeds", "batch"] = estimate(dropout, world, share="batch", seed=rank, generator=generator)
     # arguments
     seen["too_few",] = caught(lambda: estimate(args, world, n_candidates=3))
+    seen["guided_too_few",] = caught(lambda: estimate(args, world, noise="guided", n_candidates=6))
     seen["guided_batch",] = caught(lambda: estimate(args, world, noise="guided", share="batch"))
     # a closure that fails in one process, at every stage of the step
     train_loss, val_loss, model, hyperparameters = args
@@ -172,7 +171,7 @@ def process(rank, folder):
             problem = (*bad, model, hyperparameters)
             seen["failing", name, share] = caught(lambda: estimate(problem, world, n_candidates=8, share=share))
     problem = (train_loss, failing(val_loss, 0), model, hyperparameters)
-    seen["failing", "guided"] = caught(lambda: estimate(problem, world, noise="guided"))
+    seen["failing", "guided"] = caught(lambda: estimate(problem, world, noise="guided", n_candidates=8))
     seen["after",] = estimate(args, world)
 
     # a process that dies
@@ -244,7 +243,10 @@ def test_float32(seen):
         assert difference(of_group(seen, "float32", size, "stream", size=size), expected["stream"]) < 1e-6
         # autograd's own sums over the graphs, and a mean over a batch, are in float32 and depend on what is summed first
         assert difference(of_group(seen, "float32", size, "retain", size=size), expected["retain"]) < 1e-3
-        assert difference(of_group(seen, "batch", size, "float32", size=size), parts) < 1e-5
+        # λ as one vector: what is left of a single bias after terms have cancelled may have fewer digits
+        both = (of_group(seen, "batch", size, "float32", size=size), parts)
+        whole = [torch.cat([g.flatten() for g in result[:-3]]) for result in both]
+        assert difference(whole[:1], whole[1:]) < 1e-5
 
 
 def test_bytes_on_the_wire_do_not_grow_with_the_model(seen):
@@ -305,6 +307,7 @@ def test_arguments(seen):
         estimate(args, True)
     for rank in range(4):
         assert "n_candidates=3 cannot be shared out over 4 processes" in seen[rank]["too_few",][0]
+        assert "n_candidates=6 cannot be shared out over 4 processes in pairs" in seen[rank]["guided_too_few",][0]
         assert "share='batch' with noise='guided'" in seen[rank]["guided_batch",][0]
         assert rank == 0 or "group must be" in seen[rank]["not_in_group",][0]
 
@@ -317,7 +320,7 @@ def test_nothing_is_read_on_the_host(settings):
     try:
         with FakeTensorMode():
             args = label_noise(8)
-            result = evograd.hypergradient(*args, n_candidates=6, group=dist.group.WORLD, **settings)
+            result = evograd.hypergradient(*args, n_candidates=8, group=dist.group.WORLD, **settings)
     finally:
         dist.destroy_process_group()
     assert [g.shape for g in result.grads] == [h.shape for h in args[3]]

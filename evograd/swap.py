@@ -1,0 +1,137 @@
+"""A model as a host: for the length of a block it holds other tensors, and afterwards it is what it was."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+SMALL = 2**16  # elements of a plain tensor that is copied, so that what is written into it can be undone
+
+
+class Slots:
+    """Where a model's parameters and buffers stand: under every name of every module, and in modules' own lists and dicts.
+
+    `holding` puts other tensors there. A module that is registered under several names, and a parameter that is shared by several
+    modules, have all of their places changed and restored.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.modules = list(model.modules())  # each once
+        self.places: dict[int, list[tuple[object, object]]] = {}
+        self.originals: list[tuple[object, object, Tensor]] = []
+        self.buffers: dict[int, Tensor] = {}
+        self.written: set[int] = set()
+        for module in self.modules:
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        self._add(tensors, name, tensor)
+            if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                self.written.add(id(module.weight))
+            self.buffers.update((id(b), b) for b in module._buffers.values() if b is not None)
+        self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors in attributes that are neither parameter nor buffer
+        self.containers: list[object] = []  # of the modules, beside those that every module has
+        for module in self.modules:
+            for name, value in vars(module).items():
+                if name in OF_EVERY_MODULE:
+                    continue
+                if isinstance(value, Tensor) and not value.is_inference():
+                    self.plain.append((module, name, value))
+                elif type(value) in CONTAINERS:
+                    self.containers.append(value)
+                    for key, item in _items(value):
+                        if id(item) in self.places:
+                            self._add(value, key, item)
+
+    def _add(self, container: object, key: object, tensor: Tensor) -> None:
+        self.places.setdefault(id(tensor), []).append((container, key))
+        self.originals.append((container, key, tensor))
+
+    @contextmanager
+    def holding(self, tensors: Iterable[tuple[Tensor, Tensor]], buffers: Sequence[Tensor] | None = None):
+        """The model with, for each pair (its own tensor, another one), the other one in place of its own.
+
+        Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that their module writes
+        into as it is called (Embedding with max_norm). Whatever else is done to modules within the block is undone: modes, attributes that are bound anew, entries of lists, dicts and
+        sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been written into.
+        """
+        attributes = [(vars(module), dict(vars(module))) for module in self.modules]
+        contents = [(container, container.copy()) for container in self.containers]
+        plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain]
+        try:
+            own_buffers = list(self.buffers.values())
+            for own, other in (*tensors, *zip(own_buffers, copies(own_buffers) if buffers is None else buffers)):
+                other = other.clone() if id(own) in self.written else other
+                for container, key in self.places[id(own)]:
+                    container[key] = other
+            yield
+        finally:
+            for container, key, tensor in self.originals:
+                container[key] = tensor
+            for now, before in attributes:
+                if len(now) != len(before):
+                    for name in [name for name in now if name not in before]:
+                        del now[name]
+                for name, value in before.items():
+                    if now.get(name, now) is not value:
+                        now[name] = value
+            for container, before in contents:
+                _refill(container, before)
+            written = [which for which in plain if which[2]._version != which[3]]
+            for _, _, tensor, _, copy in written:
+                if copy is not None:
+                    with torch.no_grad():
+                        tensor.copy_(copy)
+        for module, name, tensor, _, copy in written:
+            if copy is None:
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name}, a tensor of shape {tuple(tensor.shape)}, was written into by a loss: one "
+                    "candidate would see what another has left there. Make it a buffer (register_buffer), of which every candidate "
+                    "gets a copy, or bind the attribute to a new tensor"
+                )
+
+
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each, by one operation for each kind of number."""
+    groups: dict[tuple, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kind = tensor.dtype if type(tensor) is Tensor and tensor.dtype != torch.bool else i
+        groups.setdefault((kind, tensor.device), []).append(i)
+    result: list[Tensor] = [None] * len(tensors)
+    for (kind, _), members in groups.items():
+        chosen = [tensors[i] for i in members]
+        made = torch._foreach_mul(chosen, 1) if isinstance(kind, torch.dtype) else [chosen[0].clone()]
+        for i, copy in zip(members, made):
+            result[i] = copy
+    return result
+
+
+def _items(container: object) -> Iterable[tuple[object, object]]:
+    if isinstance(container, Mapping):
+        return list(container.items())
+    return [] if isinstance(container, set) else list(enumerate(container))
+
+
+def _copy(tensor: Tensor) -> Tensor | None:
+    return tensor.detach().clone() if tensor.numel() <= SMALL else None
+
+
+def _refill(container: object, before: object) -> None:
+    """Put back what a list, dict, set or deque held, if it holds anything else."""
+    if isinstance(container, set):
+        if container != before:
+            container.clear()
+            container.update(before)
+    elif isinstance(container, MutableMapping):
+        if len(container) != len(before) or any(container.get(key, container) is not value for key, value in before.items()):
+            container.clear()
+            container.update(before)
+    elif len(container) != len(before) or any(a is not b for a, b in zip(container, before)):
+        container.clear()
+        container.extend(before)
