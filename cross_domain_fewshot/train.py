@@ -29,12 +29,11 @@ from .testing import TEST_SEED, interval, score
 # step of its own from the parameters before it.
 # inner_lr, η: that of the model's update. With a given lookahead it is only the scale of the hypergradient, which Adam does not
 # see.
-# temperature, τ: a guided perturbation is σ√P long, in the one direction that matters: with the paper's the softmax is one-hot.
 METHODS = table(
     baseline("none"),
     baseline("fixed"),
-    learned("evograd", temperature=0.05),
-    learned("evograd_guided", around="step", temperature=1.0, inner_lr=1e-3),
+    learned("evograd", sigma=1e-3, temperature=0.05),
+    learned("evograd_guided", around="step", inner_lr=1e-3),
     learned("mixed_mode", around="step", inner_lr=1e-3),
     learned("second_order", around="before", inner_lr=1e-3),
     learned("finite_difference", around="step", inner_lr=1e-3),

@@ -40,7 +40,6 @@ def estimates(
     *,
     inner_lr: float,
     generator: torch.Generator,
-    sigma: float = 1e-3,
     parameters: Parameters = None,
     made: Parameters = None,
 ) -> dict[str, Estimate]:
@@ -49,12 +48,11 @@ def estimates(
     evograd_k*: the paper's, over K; at K = 10 also over σ, τ and kinds of noise; with common random numbers. guided, mixed:
     with G at θ, after one SGD step (…_sgd), and after the step that was made (…_made), where its parameters `made` are given.
     generator: EvoGrad's directions are drawn from it, so that they take nothing from what the losses draw (dropout, say).
-    sigma: of the guided perturbation.
     """
     problem = (train_loss, val_loss, model, hyperparameters)
     common = dict(inner_lr=inner_lr, parameters=parameters)
     evograd = partial(hypergradient, *problem, generator=generator, **common)
-    guided = partial(hypergradient, *problem, noise="guided", temperature=1.0, **common)
+    guided = partial(hypergradient, *problem, noise="guided", **common)
     result = {"exact": partial(unrolled, *problem, **common)}
     for k in (2, 10, 50):
         result[f"evograd_k{k}"] = partial(evograd, n_candidates=k)
@@ -66,10 +64,9 @@ def estimates(
         result[f"evograd_k10_temperature{value:g}"] = partial(evograd, n_candidates=10, temperature=value)
     places = {"": None, "_sgd": "sgd"} | ({"_made": made} if made is not None else {})
     for place, lookahead in places.items():
-        result[f"guided{place}"] = partial(guided, sigma=sigma, lookahead=lookahead)
+        result[f"guided{place}"] = partial(guided, lookahead=lookahead)
         result[f"mixed{place}"] = partial(mixed_mode, *problem, lookahead=lookahead, **common)
-    for factor in (0.1, 0.3, 3, 10):
-        result[f"guided_sgd_sigma_x{factor:g}"] = partial(guided, sigma=factor * sigma, lookahead="sgd")
+    result["guided_sgd_own_kinks"] = partial(guided, lookahead="sgd", share_kinks=False)
     result["finite_difference"] = partial(finite_difference, *problem, **common)
     result["neumann"] = partial(neumann, *problem, **common)
     result["conjugate_gradient"] = partial(conjugate_gradient, *problem, damping=0.1, parameters=parameters)

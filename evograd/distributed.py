@@ -62,6 +62,8 @@ class Shares:
 
     def of(self, values: Tensor) -> Tensor:
         """This process's candidates' among (K,) values."""
+        if self.group is None:
+            return values
         return F.pad(values, (0, self.padding)).view(-1, self.unit)[self.own].reshape(-1)[: len(self.candidates)]
 
     def gather(self, values: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .noise import NOISES, Layout, NoiseFunction, SeededNoise, draw_seeds
 from .problem import Closure, Hypergradient, Parameters, Problem, Vector, check_finite, check_positive, partial
 
 STRATEGIES = ("stream", "retain", "vmap")
-RADIUS = 1e-4  # of guided candidates, over the norm of θ
+RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
 
 
 def hypergradient(
@@ -77,7 +77,7 @@ def hypergradient(
             weights at their limit 1/K, which makes the same four moves the central finite difference of the hypergradient
             through one SGD step (T1–T2). It holds one gradient of the model's size, gives the two candidates of each ± pair the
             same random draws, and has nothing to tune.
-        radius: r > 0, how far guided candidates lie from θ. Default: 1e-4 ‖θ‖.
+        radius: r > 0, how far guided candidates lie from θ. Default: 3e-6 ‖θ‖, which float32 resolves.
         share_kinks: let the second candidate of a guided pair run with the activation pattern of the first, see `evograd.kinks`.
             A difference counts the jumps of ∂ℓ_T/∂λ where a ReLU or the maximum of a pool changes sides between the two, and
             T1–T2 does not.
@@ -211,11 +211,8 @@ class _Random:
         self.epsilon, self.sigma, self.common = epsilon, sigma, common
 
     def parameters(self, k: int) -> dict[str, Tensor]:
-        flats = []
-        for b, bucket in enumerate(self.epsilon.layout.buckets):
-            flats.append(bucket.empty())
-            self.epsilon.write(k, b, flats[b], self.sigma)
-        return self.epsilon.layout.moved(flats)
+        layout = self.epsilon.layout
+        return layout.moved([self.epsilon.scaled(k, b, self.sigma) for b in range(len(layout.buckets))])
 
     def alike(self, k: int) -> int | None:
         """Which candidates draw the same random numbers as this one; None: no other ever does."""
@@ -318,7 +315,7 @@ class _Batched:
         for b, bucket in enumerate(epsilon.layout.buckets):
             flat = bucket.empty(len(chunk))
             for row, k in zip(flat, chunk):
-                epsilon.write(k, b, row, self.candidates.sigma)
+                epsilon.scaled(k, b, self.candidates.sigma, out=row)
             views = bucket.views(flat)
             torch._foreach_add_(views, bucket.tensors)
             stacked.update(zip(bucket.names, views))
@@ -358,7 +355,8 @@ def _validate_merged(
     val, direct = problem.gradient(problem.val_loss, epsilon.layout, _merged(epsilon, weights, sigma), take)
     if not dots[0]:  # val_loss does not depend on θ
         return val, direct, weights.new_zeros(len(candidates))
-    return val, direct, sigma * torch.stack([dot for own in dots for dot in own]).view(len(candidates), -1).sum(1)
+    flat = torch.stack([dot for own in dots for dot in own])
+    return val, direct, sigma * (flat if len(flat) == len(candidates) else flat.view(len(candidates), -1).sum(1))
 
 
 def _merged(epsilon: SeededNoise, weights: Tensor, sigma: float) -> dict[str, Tensor]:

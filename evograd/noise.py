@@ -97,6 +97,16 @@ class Bucket:
         return [flat.as_strided((n, *shape), (row, *strides), offset).data for shape, strides, offset in self.places]
 
 
+    def flat(self, tensors: Mapping[int, Tensor | None]) -> Tensor:
+        """Tensors by their numbers, end to end; zeros where there is none, and between them."""
+        found = {i: t for i, t in tensors.items() if t is not None}
+        if len(self.names) == 1 and found and found[0].stride() == self.places[0][1]:
+            return found[0].as_strided((found[0].numel(),), (1,))  # large ones are not copied
+        flat = self.zeros()
+        views = self.views(flat)
+        torch._foreach_copy_([views[i] for i in found], list(found.values()))
+        return flat
+
     def moved(self, flat: Tensor) -> dict[str, Tensor]:
         """{name: θ + step} of the steps in a flat tensor, which becomes the result's storage."""
         views = self.views(flat)
@@ -160,10 +170,9 @@ class SeededNoise:
         bucket = self.layout.buckets[b]
         generator = self.generators[bucket.like.device].manual_seed(self.seeds[k][b])
         if self.by_element:
-            like = bucket.like.new_empty(1).expand(min(bucket.size, self.layout.piece))
             for start in range(0, bucket.size, self.layout.piece):
                 part = slice(start, min(start + self.layout.piece, bucket.size))
-                yield part, self.function(like[: part.stop - start], generator)
+                yield part, self.function(bucket.like.reshape(-1)[:1].expand(part.stop - start), generator)
             return
         flat = bucket.zeros()  # a function of one's own is given the tensors as they are
         for name, tensor, view in zip(bucket.names, bucket.tensors, bucket.views(flat)):
@@ -184,10 +193,16 @@ class SeededNoise:
                 return bucket.views(flat)[bucket.names.index(name)]
         raise KeyError(name)
 
-    def write(self, k: int, b: int, flat: Tensor, scale: float) -> None:
-        """scale · ε_k -> the bucket's flat tensor."""
+    def scaled(self, k: int, b: int, scale: float, out: Tensor | None = None) -> Tensor:
+        """scale · ε_k in a flat tensor of the bucket."""
+        bucket = self.layout.buckets[b]
+        if out is None and bucket.size <= self.layout.piece:  # one piece
+            ((_, epsilon),) = self.pieces(k, b)
+            return epsilon * scale
+        out = bucket.empty() if out is None else out
         for part, epsilon in self.pieces(k, b):
-            torch.mul(epsilon, scale, out=flat[part])
+            torch.mul(epsilon, scale, out=out[part])
+        return out
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
@@ -64,8 +64,8 @@ class Problem:
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
         self.hyperparameters = _checked_hyperparameters(hyperparameters)
-        self.own = dict(model.named_parameters())  # a shared parameter appears once, under its first name
         self.slots = Slots(model)
+        self.own = self.slots.parameters
         self.theta, self.fixed = self._split(parameters)
         self.lam = Vector(self.hyperparameters)
         tensors = [*self.theta.values(), *self.fixed.values(), *self.hyperparameters]
@@ -151,12 +151,15 @@ class Problem:
         A bucket's gradient is handed over as soon as the backward pass has it, so that the whole need never exist at once.
         """
         leaves = {name: at[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
-        gathering = _Gathering(layout, leaves, take)
+        gathering = _Gathering(layout, leaves, take) if len(layout.buckets) > 1 else nullcontext()
+        n = len(self.hyperparameters)
         with self.holding(leaves):
             value = self.evaluate(closure)
             with gathering:
                 grads = partial(value, [*self.hyperparameters, *leaves.values()])
-        return value.detach(), grads[: len(self.hyperparameters)]
+        if len(layout.buckets) == 1 and any(g is not None for g in grads[n:]):
+            take(0, layout.buckets[0].flat(dict(enumerate(grads[n:]))))
+        return value.detach(), grads[:n]
 
     def val_gradient(self, layout: Layout, at: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
         """(ℓ_V, ∂ℓ_V/∂λ, G = ∂ℓ_V/∂θ) at the parameters `at`, G whole: one flat tensor for each bucket."""
@@ -257,15 +260,8 @@ class _Gathering:
         return hook
 
     def _hand_over(self, b: int) -> None:
-        bucket, found = self.layout.buckets[b], self.waiting[b]
-        if len(bucket.names) == 1 and found and found[0].stride() == bucket.places[0][1]:
-            gradient = found.pop(0)
-            self.take(b, gradient.as_strided((gradient.numel(),), (1,)))
-            return
-        flat = bucket.zeros()
-        views = bucket.views(flat)
-        torch._foreach_copy_([views[i] for i in found], list(found.values()))
-        found.clear()
+        flat = self.layout.buckets[b].flat(self.waiting[b])
+        self.waiting[b].clear()
         self.take(b, flat)
 
     def __enter__(self) -> None:
@@ -341,7 +337,7 @@ class Vector:
             vector = vector.to(dtypes.pop()) if len(dtypes) == 1 else vector
             for i, piece in zip(members, vector.split([self.tensors[i].numel() for i in members])):
                 result[i] = piece.view(self.tensors[i].shape).to(self.tensors[i].dtype)
-        return copies(result)
+        return copies(result) if len(result) > 1 else result
 
 
 class Draws:
@@ -357,12 +353,12 @@ class Draws:
                 return [torch.Generator(d).manual_seed(seed).get_state() for d in ("cpu", *self.cuda_devices)]
             return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda_devices)]
 
+    def replay(self, state: list[Tensor] | None) -> AbstractContextManager:
+        """A block that draws again what was drawn from `state` on, then goes on from here; None draws anew."""
+        return nullcontext() if state is None else self._replayed(state)
+
     @contextmanager
-    def replay(self, state: list[Tensor] | None):
-        """Draw again what was drawn from `state` on, then go on from here; None draws anew."""
-        if state is None:
-            yield
-            return
+    def _replayed(self, state: list[Tensor]):
         here = self.state()
         self._set(state)
         try:

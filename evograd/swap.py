@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +23,30 @@ class Slots:
     """
 
     def __init__(self, model: nn.Module):
-        self.modules = list(model.modules())  # each once
+        self.parameters: dict[str, Tensor] = {}  # a shared one appears once, under its first name
+        self.modules: list[nn.Module] = []  # each once
         self.places: dict[int, list[tuple[object, object]]] = {}
         self.originals: list[tuple[object, object, Tensor]] = []
         self.buffers: dict[int, Tensor] = {}
         self.written: set[int] = set()
-        for module in self.modules:
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        self._add(tensors, name, tensor)
-            if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        for prefix, module in model.named_modules():
+            self.modules.append(module)
+            for name, tensor in module._parameters.items():
+                if tensor is not None:
+                    if id(tensor) not in self.places:
+                        self.parameters[f"{prefix}.{name}" if prefix else name] = tensor
+                    self._add(module._parameters, name, tensor)
+            for name, tensor in module._buffers.items():
+                if tensor is not None:
+                    self.buffers[id(tensor)] = tensor
+                    self._add(module._buffers, name, tensor)
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 self.written.add(id(module.weight))
-            self.buffers.update((id(b), b) for b in module._buffers.values() if b is not None)
         self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors in attributes that are neither parameter nor buffer
         self.containers: list[object] = []  # of the modules, beside those that every module has
         for module in self.modules:
-            for name, value in vars(module).items():
-                if name in OF_EVERY_MODULE:
-                    continue
+            for name in vars(module).keys() - OF_EVERY_MODULE:
+                value = vars(module)[name]
                 if isinstance(value, Tensor) and not value.is_inference():
                     self.plain.append((module, name, value))
                 elif type(value) in CONTAINERS:
@@ -63,11 +69,14 @@ class Slots:
         """
         attributes = [(vars(module), dict(vars(module))) for module in self.modules]
         contents = [(container, container.copy()) for container in self.containers]
-        plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain]
+        plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain] if self.plain else ()
         try:
-            own_buffers = list(self.buffers.values())
-            for own, other in (*tensors, *zip(own_buffers, copies(own_buffers) if buffers is None else buffers)):
-                other = other.clone() if id(own) in self.written else other
+            if self.buffers:
+                own = list(self.buffers.values())
+                tensors = (*tensors, *zip(own, copies(own) if buffers is None else buffers))
+            for own, other in tensors:
+                if id(own) in self.written:
+                    other = other.clone()
                 for container, key in self.places[id(own)]:
                     container[key] = other
             yield
@@ -75,15 +84,12 @@ class Slots:
             for container, key, tensor in self.originals:
                 container[key] = tensor
             for now, before in attributes:
-                if len(now) != len(before):
-                    for name in [name for name in now if name not in before]:
-                        del now[name]
-                for name, value in before.items():
-                    if now.get(name, now) is not value:
-                        now[name] = value
+                if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
+                    now.clear()
+                    now.update(before)
             for container, before in contents:
                 _refill(container, before)
-            written = [which for which in plain if which[2]._version != which[3]]
+            written = [which for which in plain if which[2]._version != which[3]] if plain else ()
             for _, _, tensor, _, copy in written:
                 if copy is not None:
                     with torch.no_grad():
@@ -129,9 +135,10 @@ def _refill(container: object, before: object) -> None:
             container.clear()
             container.update(before)
     elif isinstance(container, MutableMapping):
-        if len(container) != len(before) or any(container.get(key, container) is not value for key, value in before.items()):
+        same_keys = len(container) == len(before) and all(map(is_, container, before))
+        if not same_keys or not all(map(is_, container.values(), before.values())):
             container.clear()
             container.update(before)
-    elif len(container) != len(before) or any(a is not b for a, b in zip(container, before)):
+    elif len(container) != len(before) or not all(map(is_, container, before)):
         container.clear()
         container.extend(before)

@@ -33,11 +33,10 @@ from .data import DATASETS, NOISES, load, make_task
 from .models import MODELS, weight_net
 
 # weight_input: whose losses the weight net sees: each candidate's own, as in the authors' code, or those of the model for all.
-# temperature, τ: guided candidates lie σ√P from the model in the one direction that matters: with the paper's the softmax saturates.
 METHODS = table(
     baseline("cross_entropy"),
-    learned("evograd", holds="weight_input", temperature=0.05, weight_input="candidate"),
-    learned("evograd_guided", around="step", holds="weight_input", temperature=1.0, weight_input="model"),
+    learned("evograd", holds="weight_input", sigma=1e-3, temperature=0.05, weight_input="candidate"),
+    learned("evograd_guided", around="step", holds="weight_input", weight_input="model"),
     learned("mixed_mode", around="step", weight_input="model"),
     learned("second_order", weight_input="model"),
     learned("finite_difference", around="step", holds="weight_input", weight_input="model"),

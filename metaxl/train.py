@@ -40,9 +40,7 @@ METHODS = table(
     baseline("joint_training"),
     baseline("target_only"),
     learned("evograd", holds="rtn_input", temperature=0.05, sigma=1e-3, perturb="head", rtn_input="candidate"),
-    learned(
-        "evograd_guided", around="step", holds="rtn_input", temperature=1.0, inner_lr=0.1, perturb="all", rtn_input="model"
-    ),
+    learned("evograd_guided", around="step", holds="rtn_input", inner_lr=0.1, perturb="all", rtn_input="model"),
     learned("mixed_mode", around="step", inner_lr=0.1, perturb="all"),
     learned("second_order", perturb="all"),
     learned("finite_difference", around="step", holds="rtn_input", inner_lr=0.1, perturb="all", rtn_input="model"),
@@ -50,7 +48,6 @@ METHODS = table(
     learned("conjugate_gradient", perturb="all"),
     reads=("perturb", "rtn_lr", "rtn_layers"),
 )
-RADIUS = 0.02  # of guided candidates: σ√P, whatever P is
 # By data set: languages, encoder, epochs (of the source sentences), sentences, longest sentence, learning rates of θ and of λ.
 REAL = dict(source="en", encoder="xlm-roberta-base", epochs=20, source_size=5000, max_length=200, lr=3e-5, rtn_lr=1e-6)
 TOY = dict(source="north", encoder="tiny", epochs=5, source_size=1000, max_length=64, lr=1e-3, rtn_lr=1e-3)
@@ -86,7 +83,6 @@ def parse_args(argv=None):
         "--rtn-input", choices=("candidate", "model"), help="whose states RTNs see, with --perturb all; default: by method"
     )
     cli.add_evograd_arguments(parser)
-    parser.set_defaults(sigma=None)
     args = parser.parse_args(argv)
     given = args.rtn_input
     cli.settle(parser, args, METHODS, {})
@@ -141,10 +137,7 @@ class Trainer:
         self.args, self.model, self.processes = args, model, processes
         self.hyperparameters, self.theta = model.hyperparameters(), model.theta()
         self.perturbed = "head." if args.perturb == "head" else ""
-        self.sigma = args.sigma
-        if args.method == "evograd_guided" and args.sigma is None:
-            self.sigma = RADIUS / sum(p.numel() for _, p in self._named(self.perturbed)) ** 0.5
-        self.meta = MetaStep(METHODS[args.method], args, processes, **({"sigma": self.sigma} if self.sigma else {}))
+        self.meta = MetaStep(METHODS[args.method], args, processes)
         self.ordinary = processes.data_parallel(model, self.theta)  # the same parameters
         self.n_steps = 0
         self.optimizer = torch.optim.Adam(self.theta, lr=args.lr)
@@ -426,7 +419,6 @@ def describe(trainer, data, start, last):
     norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()
     return {
         "rtn_moved": norm([b - a for a, b in zip(start, last)]) / norm(start),  # ‖λ − λ₀‖ / ‖λ₀‖
-        "sigma": trainer.sigma,
         "gates": {language: gates(trainer.model, examples, trainer.args.device) for language, examples in data.items()},
         **trainer.meta.metrics(),
     }

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 
 from evograd.lab import figures
 from evograd.lab.figures import COLOURS, TITLES
-from evograd.lab.methods import CANDIDATES
+from evograd.lab.methods import GUIDED, RANDOM
 
 from .train import parse_args
 
@@ -30,7 +30,7 @@ def plot_angles(runs, path):
 def is_default(config, data):
     """Whether a run on `data` has the settings that its method has when nothing else is said."""
     default = parse_args(["--method", config["method"], "--data", data])
-    names = ("data", "epochs", "batch_size", "lr", "angle_lr", *CANDIDATES)
+    names = ("data", "epochs", "batch_size", "lr", "angle_lr", *RANDOM, *GUIDED)
     return all(config[name] == getattr(default, name) for name in names)
 
 

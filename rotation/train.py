@@ -27,12 +27,10 @@ from .model import lenet
 
 # inner_lr, η: where the lookahead is the step that was made it is only the scale of the hypergradient, which Adam does not see;
 # the others take the model's.
-# temperature, τ: a guided perturbation is σ√P = 0.25 long, in the one direction that matters: with the paper's temperature the
-# softmax is nearly one-hot, and little is left of the difference of the candidates.
 METHODS = table(
     baseline("baseline"),
-    learned("evograd", temperature=0.05),
-    learned("evograd_guided", around="step", temperature=1.0, inner_lr=0.1),
+    learned("evograd", sigma=1e-3, temperature=0.05),
+    learned("evograd_guided", around="step", inner_lr=0.1),
     learned("mixed_mode", around="step", inner_lr=0.1),
     learned("second_order", inner_lr=1e-3),
     learned("finite_difference", around="step", inner_lr=0.1),

@@ -86,8 +86,11 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the estimators."""
     group = parser.add_argument_group("hypergradient")
     group.add_argument("--n-candidates", type=at_least(2), default=2, metavar="K", help="EvoGrad's number of perturbed models")
-    group.add_argument("--sigma", type=positive, default=1e-3, help="EvoGrad's standard deviation of the perturbation")
-    group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: by method")
+    group.add_argument("--sigma", type=positive, help="EvoGrad's standard deviation of the perturbation; default: 0.001")
+    group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: 0.05")
+    group.add_argument(
+        "--radius", type=positive, help="how far guided candidates lie from the model; default: the library's, by its size"
+    )
     group.add_argument("--common-random-numbers", action="store_true", help="all candidates draw the same random numbers")
     group.add_argument("--inner-lr", type=positive, help="inner learning rate of the T1-T2 hypergradient; default: by method")
     group.add_argument(
@@ -141,7 +144,7 @@ def check_processes(
     shares = method.estimator.shares if method.estimator else ()
     if args.share == "candidates" and args.n_candidates < n:
         parser.error(f"--n-candidates {args.n_candidates} cannot be shared out among {n} processes; give at least {n}")
-    if not args.share and shares and ("batch" in shares or args.n_candidates >= n):
+    if not args.share and shares and ("batch" in shares or args.n_candidates // 2 >= n):  # guided ones by pairs
         args.share = shares[0]
 
 

@@ -28,7 +28,8 @@ from ..problem import Hypergradient, at
 from .processes import ALONE, Processes
 from .quality import QualityLog
 
-CANDIDATES = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
+RANDOM = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
+GUIDED = ("n_candidates", "radius", "common_random_numbers", "inner_lr")
 DAMPING = 0.1  # of conjugate gradients: a network's Hessian has directions of negative curvature
 
 
@@ -51,14 +52,14 @@ class Estimator:
 
 ESTIMATORS = {
     "evograd": Estimator(
-        hypergradient, (*CANDIDATES, "share"), own_scale=True, first_order=True, shares=("batch", "candidates")
+        hypergradient, (*RANDOM, "share"), own_scale=True, first_order=True, shares=("batch", "candidates")
     ),
     "evograd_guided": Estimator(
-        partial(hypergradient, noise="guided"), CANDIDATES, first_order=True, shares=("candidates",)
+        partial(hypergradient, noise="guided"), GUIDED, first_order=True, shares=("candidates",)
     ),
     "mixed_mode": Estimator(mixed_mode, ("inner_lr",)),
     "second_order": Estimator(unrolled, ("inner_lr", "inner_steps"), {"inner_steps": "n_steps"}),
-    "finite_difference": Estimator(finite_difference, ("inner_lr",), first_order=True),
+    "finite_difference": Estimator(finite_difference, ("radius", "inner_lr"), first_order=True),
     "neumann": Estimator(neumann, ("inner_lr", "inner_steps"), {"inner_steps": "n_terms"}),
     "conjugate_gradient": Estimator(
         partial(conjugate_gradient, damping=DAMPING), ("inner_steps",), {"inner_steps": "n_iterations"}
@@ -140,18 +141,17 @@ class MetaStep:
     on the whole batch.
     """
 
-    def __init__(self, method: Method, args: argparse.Namespace, processes: Processes = ALONE, **settings):
-        """settings: of the estimator, in place of those that args has."""
+    def __init__(self, method: Method, args: argparse.Namespace, processes: Processes = ALONE):
         self.method, self.args, self.processes = method, args, processes
         self.learns = method.estimator is not None
         self.holds = method.holds is not None and getattr(args, method.holds) == "model"
         self.around = method.around or ("before" if self.holds else None)
         self.quality, self.n_calls = QualityLog(args.seed), 0
-        self.estimator = self._estimator(settings) if self.learns else None
+        self.estimator = self._estimator() if self.learns else None
 
-    def _estimator(self, settings: dict) -> Callable[..., Hypergradient]:
+    def _estimator(self) -> Callable[..., Hypergradient]:
         estimator = self.method.estimator
-        given = {name: getattr(self.args, name) for name in estimator.reads if name != "share"} | settings
+        given = {name: getattr(self.args, name) for name in estimator.reads if name != "share"}
         settings = {estimator.keywords.get(name, name): value for name, value in given.items() if value is not None}
         if self.args.share:
             settings |= dict(group=self.processes.group, share=self.args.share)
@@ -236,7 +236,6 @@ class MetaStep:
         own = dict(model.named_parameters())
         made = None if before is None else {name: own[name] for name in before}
         common = dict(inner_lr=lr, parameters=before or parameters, made=made, generator=self.quality.generator)
-        common["sigma"] = self.args.sigma or 1e-3
         problem = (val_loss, model, hyperparameters)
         free = estimates(train_loss, *problem, **common)
         if held is None:
