@@ -1,7 +1,7 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, the quality of every estimate over its FLOPs and its time;
-                                                    resources/cover.png, the README's first figure: few estimates, over their time
+    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, the quality of every estimate over FLOPs and over time;
+                                                    resources/cover.png, the README's first figure: few estimates, over time
 """
 
 import argparse
@@ -140,7 +140,7 @@ PROBLEMS = {
 
 
 def plot_cover(runs: list[dict], path: Path) -> None:
-    """Cosine to exact T1–T2 over time, T1–T2's being 1: a panel for each experiment, means over its runs. To be read at 800 pixels."""
+    """Cosine to exact T1–T2 over time, T1–T2's being 1: a panel for each experiment, means over its runs. Shown at 800 pixels."""
     by_experiment: dict[str, list[dict]] = {}
     for experiment in dict.fromkeys([*PROBLEMS, *(run["experiment"] for run in runs)]):
         mine = [run["metrics"] for run in runs if run["experiment"] == experiment]
