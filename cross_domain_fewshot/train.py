@@ -32,7 +32,7 @@ from .testing import TEST_SEED, interval, score
 METHODS = table(
     baseline("none"),
     baseline("fixed"),
-    learned("evograd", sigma=1e-3, temperature=0.05),
+    learned("evograd", temperature=0.05),
     learned("evograd_guided", around="step", inner_lr=1e-3),
     learned("mixed_mode", around="step", inner_lr=1e-3),
     learned("second_order", around="before", inner_lr=1e-3),

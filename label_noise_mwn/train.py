@@ -35,7 +35,7 @@ from .models import MODELS, weight_net
 # weight_input: whose losses the weight net sees: each candidate's own, as in the authors' code, or those of the model for all.
 METHODS = table(
     baseline("cross_entropy"),
-    learned("evograd", holds="weight_input", sigma=1e-3, temperature=0.05, weight_input="candidate"),
+    learned("evograd", holds="weight_input", temperature=0.05, weight_input="candidate"),
     learned("evograd_guided", around="step", holds="weight_input", weight_input="model"),
     learned("mixed_mode", around="step", weight_input="model"),
     learned("second_order", weight_input="model"),

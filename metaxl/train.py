@@ -83,6 +83,7 @@ def parse_args(argv=None):
         "--rtn-input", choices=("candidate", "model"), help="whose states RTNs see, with --perturb all; default: by method"
     )
     cli.add_evograd_arguments(parser)
+    parser.set_defaults(sigma=None)
     args = parser.parse_args(argv)
     given = args.rtn_input
     cli.settle(parser, args, METHODS, {})

@@ -31,7 +31,7 @@ def is_default(config, data):
     """Whether a run on `data` has the settings that its method has when nothing else is said."""
     default = parse_args(["--method", config["method"], "--data", data])
     names = ("data", "epochs", "batch_size", "lr", "angle_lr", *RANDOM, *GUIDED)
-    return all(config[name] == getattr(default, name) for name in names)
+    return all(config.get(name) == getattr(default, name) for name in names)
 
 
 def main(argv=None):

@@ -29,7 +29,7 @@ from .model import lenet
 # the others take the model's.
 METHODS = table(
     baseline("baseline"),
-    learned("evograd", sigma=1e-3, temperature=0.05),
+    learned("evograd", temperature=0.05),
     learned("evograd_guided", around="step", inner_lr=0.1),
     learned("mixed_mode", around="step", inner_lr=0.1),
     learned("second_order", inner_lr=1e-3),

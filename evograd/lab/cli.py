@@ -86,7 +86,7 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the estimators."""
     group = parser.add_argument_group("hypergradient")
     group.add_argument("--n-candidates", type=at_least(2), default=2, metavar="K", help="EvoGrad's number of perturbed models")
-    group.add_argument("--sigma", type=positive, help="EvoGrad's standard deviation of the perturbation; default: 0.001")
+    group.add_argument("--sigma", type=positive, default=1e-3, help="EvoGrad's standard deviation of the perturbation")
     group.add_argument("--temperature", type=positive, help="EvoGrad's temperature of the softmax; default: 0.05")
     group.add_argument(
         "--radius", type=positive, help="how far guided candidates lie from the model; default: the library's, by its size"
