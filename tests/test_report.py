@@ -19,9 +19,12 @@ SPEC = {
             "title": "Toy",
             "about": "A toy.",
             "plot": "python -m toy.plot",
-            "figures": {"toy_curve": "A curve & more"},
+            "figures": {"toy_curve_real": "A curve & more", "toy_curve_*": "Curve of {}"},
+            "data": [{"label": "data", "settings": ["data"]}, {"label": "at", "settings": ["place", "hour"], "between": " → "}],
+            "measures": [{"value": "metrics.accuracy", "label": "accuracy (%)", "decimals": 1}],
         }
     ],
+    "methods": {"d": "method d", "evograd": "EvoGrad", "a": "method a"},
     "tables": [
         {
             "name": "toy-table",
@@ -51,8 +54,8 @@ GOLDEN = """\
 | theirs | 1 | 80.0 | – | – |
 | nobody's | not run | – | – | – |
 
-A note. Mean ± sample standard deviation over runs with different seeds. 1 more runs of other settings are in the result \
-files and in no row. Published numbers: a paper.
+A note. Mean ± sample standard deviation over runs with different seeds. 1 more run of other settings is in no row of this \
+table. Published numbers: a paper.
 """
 
 
@@ -86,7 +89,7 @@ def make(results, tmp_path, *extra, spec=SPEC):
     described = tmp_path / "tables.json"
     described.write_text(json.dumps(spec))
     page = tmp_path / "page.html"
-    report.main([str(results), "--tables", str(described), "--out", str(page), *extra])
+    report.main([*([str(results)] if results else []), "--tables", str(described), "--out", str(page), *extra])
     return page.read_text()
 
 
@@ -113,7 +116,7 @@ def test_a_column_may_be_of_some_configurations_alone(tmp_path):
 
 
 def test_page_is_self_contained(results, tmp_path):
-    (tmp_path / "toy_curve.png").write_bytes(b"\x89PNG not really")
+    (tmp_path / "toy_curve_real.png").write_bytes(b"\x89PNG not really")
     page = make(results, tmp_path)
     assert "Title &lt;of&gt; the page" in page
     assert "91.0<span class='spread'> ± 1.0</span>" in page
@@ -155,7 +158,7 @@ def test_missing_files_are_named(tmp_path, capsys):
 
 
 def test_committed_readmes_follow_from_committed_results():
-    """python -m evograd.report --readme README.md */README.md was run after the last change of results."""
+    """python -m evograd.lab.report --readme README.md */README.md was run after the last change of results."""
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     runs, broken = read_runs(sorted(ROOT.glob("*/results/*.jsonl")))
     assert not broken
@@ -254,16 +257,24 @@ def test_applications_are_ratios_to_second_order(results):
     assert "CPU" in table.remarks
 
 
-def test_nothing_run_makes_a_page_that_says_so(tmp_path):
-    path = tmp_path / "empty.jsonl"
+@pytest.fixture
+def default(tmp_path, monkeypatch):
+    """The result file that the report takes where none is named."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "toy/results/runs.jsonl"
+    path.parent.mkdir(parents=True)
     path.write_text("")
-    summary = built(path)["summary"]
+    return path
+
+
+def test_nothing_run_makes_a_page_that_says_so(default, tmp_path):
+    summary = built(default)["summary"]
     assert summary.rows == [["Toy", "mean over places", "–", "not run", "–", "not run", "–", "–"]]
-    page = make(path, tmp_path, spec=with_summary())
+    page = make(None, tmp_path, spec=with_summary())
     assert "Not run yet" in page
     assert "python -m toy --place PLACE" in page
-    append_line(path, line("a", 1, 90.0))
-    page = make(path, tmp_path, spec=with_summary())
+    append_line(default, line("a", 1, 90.0))
+    page = make(None, tmp_path, spec=with_summary())
     assert "Not run yet" not in page
     assert "<li>Places</li>" in page
 
@@ -346,3 +357,182 @@ def test_a_setting_that_is_none_makes_no_new_row(tmp_path):
     runs, _ = read_runs([path])
     assert [run["metrics"]["accuracy"] for run in runs] == [92.0, 91.0, 93.0]
     assert [row[1:3] for row in tables.build_table(SPEC["tables"][0], runs).rows[:2]] == [["2", "91.5 ± 0.7"], ["1", "93.0"]]
+
+
+# --- runs that no table of the spec is of --------------------------------------------------------------------------------
+
+
+def others(path, name="toy-others"):
+    return {t.name: t for t in tables.build_tables(SPEC, read_runs([path])[0])}.get(name)
+
+
+def test_runs_that_no_table_shows_have_one_of_their_own(results):
+    """By hand: 3 seeds of "a" and one with 9 epochs stand in toy-table, "d" and data "other" do not."""
+    for record in (
+        line("evograd", 1, 70.0, data="own|1", place="x", hour=3, lr=0.1, flip=False),
+        line("evograd", 2, 72.0, data="own|1", place="x", hour=3, lr=0.1, flip=False),
+        line("evograd", 1, 50.0, data="own|1", place="x", hour=10, lr=0.5, layers=[1, 2], flip=True),
+        line("a", 1, 60.0, data="own|1", place="x", hour=10, lr=0.1, flip=False),
+    ):
+        append_line(results, record)
+    table = others(results)
+    assert table.header == ["Method", "data", "at", "seeds", "accuracy (%)"]
+    assert table.rows == [
+        ["method a, lr not given, flip not given", "other", "–", "1", "2.0"],
+        ["EvoGrad", "own|1", "x → 3", "2", "71.0 ± 1.4"],
+        ["EvoGrad, lr 0.5, flip True, layers 1 2", "own|1", "x → 10", "1", "50.0"],
+        ["method a", "own|1", "x → 10", "1", "60.0"],
+        ["method d, lr not given, flip not given", "real", "–", "1", "1.0"],
+    ]
+    assert len(table.runs) == 6 and table.experiment == "toy"
+    assert "names no other: lr 0.1." in table.remarks and "Mean ± sample" in table.remarks
+    assert "| EvoGrad | own\\|1 | x → 3 |" in tables.to_markdown(table)
+
+
+def test_no_table_without_a_run_that_stands_nowhere_else(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    for record in (line("a", 1, 90.0), line("b", 2, 90.0, epochs=3), cost_line(1.0, 1, 1.0, 1)):
+        append_line(path, record)
+    assert others(path) is None
+
+
+def test_a_run_in_no_column_makes_no_row(tmp_path):
+    """A table by place has no row of runs at a place that it has no column for; they stand in the last table."""
+    path = tmp_path / "runs.jsonl"
+    for seed, place, settings in ((1, "c", {"epochs": 2}), (2, "c", {"epochs": 2}), (1, "a", {})):
+        append_line(path, line("a", seed, 90.0, data="places", place=place, **settings))
+    by_name = built(path)
+    assert [row[:2] for row in by_name["places"].rows] == [["ours", "1/0"], ["theirs", "not run"]]
+    assert [row[0] for row in by_name["toy-others"].rows] == ["method a"]
+    assert by_name["toy-others"].rows[0][-2:] == ["2", "90.0 ± 0.0"]
+
+
+def test_settings_that_the_method_decides_on_are_compared_within_it():
+    usual = {"method": "evograd", "temperature": 0.05, "meta_lr": 3, "epochs": 5, "data": "d"}
+    guided = {**usual, "method": "evograd_guided", "temperature": 1.0}
+    baseline = {**usual, "method": "none", "temperature": None, "meta_lr": 1}
+    own, common = tables.differences([usual, usual, guided, baseline, {**guided, "temperature": 2.0}], ["data"])
+    assert own == [{}, {}, {}, {}, {"temperature": 2.0}]
+    assert common == {"meta_lr": 3, "epochs": 5}
+    assert tables.differences([usual, usual, {**guided, "meta_lr": 4}])[0][2] == {"meta_lr": 4}
+    less = {"method": "evograd", "epochs": 5}
+    assert tables.differences([usual, less])[0] == [{}, {"temperature": None, "meta_lr": None, "data": None}]
+
+
+def test_names_of_data_are_safe_in_file_names():
+    assert tables.safe_name("cifar10_jpeg-v1.2") == "cifar10_jpeg-v1.2"
+    odd = ["a/b", "a b", "a:b", "ä", "..", "", "a" * 300, "a" * 301]
+    safe = [tables.safe_name(name) for name in odd]
+    assert len(set(safe)) == len(odd)
+    assert all(len(name) < 100 and set(name) <= set("ab_-0123456789cdef") for name in safe)
+
+
+def test_a_page_of_ones_own_files_leaves_out_what_they_have_no_run_of(default, tmp_path):
+    picture = tmp_path / "own.svg"
+    picture.write_text("<svg/>")
+    other = {"name": "never", "title": "Never run", "about": "."}
+    spec = with_summary()
+    spec |= {"pictures": [{"file": "own.svg", "caption": "The diagram"}], "experiments": [*SPEC["experiments"], other]}
+    spec["summary"]["entries"].append({**spec["summary"]["entries"][0], "experiment": "never", "measures": [
+        {**spec["summary"]["entries"][0]["measures"][0], "label": "nothing"}]})  # fmt: skip
+    append_line(default, cost_line(3.0, 2, 4.0, 8))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    own = folder / "own.jsonl"
+    for seed in (1, 2):
+        append_line(own, line("a", seed, 40.0 + seed, data="my <own>"))
+    append_line(own, line("a", 1, 55.0))
+    name = tables.safe_name("my <own>")
+    for figure in ("toy_curve_real", f"toy_curve_{name}", "toy_curve_elsewhere"):
+        (folder / f"{figure}.png").write_bytes(b"\x89PNG")
+
+    page = make(own, tmp_path, spec=spec)
+    assert "<td class=''>my &lt;own&gt;</td>" in page and "41.5<span class='spread'> ± 0.7</span>" in page
+    shown = ["A curve &amp; more", "alt='Curve of my &lt;own&gt;'", "<h3>Accuracy</h3>", "One line each"]
+    for there in (*shown, "python -m toy.plot FILE.jsonl … --out-dir DIR"):
+        assert there in page, there
+    for absent in ("Never run", "elsewhere", "The diagram", "Places", "Applications", "<h3>Cost</h3>", "nothing", "Not run"):
+        assert absent not in page, absent
+
+    page = make(None, tmp_path, spec=spec)  # the default files: as complete as it was
+    for there in ("Never run", "Not run yet", "The diagram", "<li>Places</li>", "<li>Accuracy</li>", "nothing", "Applications"):
+        assert there in page, there
+    report.main([str(own), str(default), "--tables", str(tmp_path / "tables.json"), "--out", str(tmp_path / "page.html")])
+    assert "The diagram" in (tmp_path / "page.html").read_text()  # the default files among others
+
+
+def test_own_runs_alone_are_not_called_not_run(default, tmp_path):
+    append_line(default, line("a", 1, 41.0, data="own"))
+    page = make(None, tmp_path, spec=with_summary())
+    assert "Not run yet" not in page and "<h3>Runs with data or settings of their own</h3>" in page
+    assert all(f"<li>{title}</li>" in page for title in ("Accuracy", "Places", "Cost"))
+
+
+def test_the_quality_table_of_own_files_has_their_columns_alone():
+    logged = {"experiment": "b", "config": {}, "environment": {}, "cost": {}}
+    logged["metrics"] = {"cosine": {"guided": 0.5}, "quality_flops": {"guided": 3, "exact": 4}}
+    columns = [{"label": e, "experiment": e} for e in ("a", "b")]
+    rows = [{"label": "guided", "estimate": "guided"}]
+    described = {"name": "q", "kind": "quality", "section": "summary", "title": "Q", "columns": columns, "rows": rows}
+    spec = {"experiments": [], "tables": [described]}
+    (table,) = tables.build_tables(spec, [logged], whole=False)
+    assert table.header == ["Estimate", "b", "FLOPs / T1–T2", "time / T1–T2"]
+    assert table.rows == [["guided", "0.500", "0.75", "–"]]
+    assert tables.build_tables(spec, [], whole=False) == []
+
+
+def test_readmes_are_made_of_all_tables_whatever_the_page_leaves_out(results, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- table:places -->\n<!-- /table -->")
+    make(results, tmp_path, "--readme", str(readme), spec=with_summary())
+    assert "| ours | not run | – | – |" in readme.read_text()
+
+
+# --- result files that are not as they should be -------------------------------------------------------------------------
+
+
+def test_of_a_file_named_twice_the_last_place_counts(results, tmp_path, capsys):
+    newer = tmp_path / "newer.jsonl"
+    append_line(newer, line("b", 1, 33.0))
+    append_line(newer, "{")
+    (tmp_path / "folder").mkdir()
+    again = tmp_path / "folder" / ".." / "newer.jsonl"
+    described = tmp_path / "tables.json"
+    described.write_text(json.dumps(SPEC))
+    for files, value in (((newer, results, again), "33.0"), ((newer, results), "80.0")):
+        with pytest.raises(SystemExit) as ended:
+            report.main([*map(str, files), "--tables", str(described), "--out", str(tmp_path / "page.html")])
+        assert str(ended.value.code).count("line 2") == 1
+        assert f"runs from {len(set(map(str, map(Path.resolve, files))))} files" in capsys.readouterr().out
+        page = (tmp_path / "page.html").read_text()
+        assert (f">{value}<" in page) and page.count("line 2: not a result line") == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "{\nnonsense\n"])
+def test_a_file_without_a_run_makes_a_page_that_says_so(content, tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    if content.strip():
+        with pytest.raises(SystemExit, match="line 1.*\n.*line 2"):
+            make(path, tmp_path, spec=with_summary())
+    else:
+        make(path, tmp_path, spec=with_summary())
+    page = (tmp_path / "page.html").read_text()
+    assert "The result files hold no run." in page and ("could not be read" in page) == bool(content.strip())
+    assert "<table>" not in page and "<h2" not in page
+
+
+def test_records_of_an_unknown_experiment_are_named(results, tmp_path, capsys):
+    strange = [{**json.loads(line("a", seed, 1.0)), "experiment": "toy_<sweep>"} for seed in (1, 2)]
+    for record in strange:
+        append_line(results, json.dumps(record))
+    page = make(results, tmp_path)
+    assert "<li>toy_&lt;sweep&gt;: 2</li>" in page
+    assert "toy_<sweep> (2)" in capsys.readouterr().out
+    assert "91.0<span" in page
+    alone = tmp_path / "alone.jsonl"
+    append_line(alone, json.dumps(strange[0]))
+    page = make(alone, tmp_path)
+    assert "<li>toy_&lt;sweep&gt;: 1</li>" in page and "hold no run" not in page and "<h2" not in page
+    append_line(results, cost_line(3.0, 2, 4.0, 8))
+    assert "toy_cost" not in make(results, tmp_path, spec=with_summary()).replace("toy_<sweep>", "")

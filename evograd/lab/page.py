@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 
 from .records import BrokenLine
 from .tables import NOT_RUN, PUBLISHED, SUMMARY, Table
@@ -88,14 +89,23 @@ pre { padding: .6rem .8rem; overflow-x: auto; border: 1px solid var(--line); }
 
 
 def to_html(
-    spec: dict, folder: Path, tables: list[Table], figures: dict[str, list[tuple[Path, str]]], broken: list[BrokenLine]
+    spec: dict,
+    folder: Path,
+    tables: list[Table],
+    figures: dict[str, list[tuple[Path, str]]],
+    broken: list[BrokenLine],
+    unknown: Mapping[str, int] = MappingProxyType({}),
+    whole: bool = True,
 ) -> str:
     """The page: a summary, then a section for each experiment; what was not run says so, with the command that runs it.
 
     folder: where spec["pictures"] lie, which follow the summary.
     spec["highlight"]: what rows and columns to be found at a glance have in their name.
+    unknown: how many result lines there are of each kind that no table is of.
+    whole: False leaves out spec["pictures"] and the experiments without a table.
     """
-    experiments, highlight = spec["experiments"], spec.get("highlight")
+    highlight = spec.get("highlight")
+    experiments = [e for e in spec["experiments"] if whole or any(table.experiment == e["name"] for table in tables)]
     links = [(e["name"], e["title"]) for e in experiments]
     first = [table for table in tables if table.experiment == SUMMARY]
     if first:
@@ -110,13 +120,19 @@ def to_html(
     if broken:
         items = "".join(f"<li>{escape(str(line))}</li>" for line in broken)
         parts.append(f"<div class='box'><p>Lines of the result files that could not be read:</p><ul>{items}</ul></div>")
+    if unknown:
+        kinds = "".join(f"<li>{escape(name)}: {n}</li>" for name, n in unknown.items())
+        parts.append(f"<div class='box'><p>Result lines of a kind that no table here is of:</p><ul>{kinds}</ul></div>")
+    if not (experiments or unknown):
+        parts.append("<div class='box'><p>The result files hold no run.</p></div>")
     if first:
         parts.append(f"<h2 id='{SUMMARY}'>Summary</h2>")
         parts += [_table(table, highlight) for table in first]
-    parts += [_figure(folder / picture["file"], picture["caption"]) for picture in spec.get("pictures", [])]
+    pictures = spec.get("pictures", []) if whole else []
+    parts += [_figure(folder / picture["file"], picture["caption"]) for picture in pictures]
     for experiment in experiments:
         mine = [table for table in tables if table.experiment == experiment["name"]]
-        parts += _section(experiment, mine, figures.get(experiment["name"], []), highlight)
+        parts += _section(experiment, mine, figures.get(experiment["name"], []), highlight, whole)
     made = datetime.now(timezone.utc).isoformat(timespec="minutes")
     parts.append(
         f"<p class='small'>Made {made} by <code>python -m evograd.lab.report</code>, from result lines alone.</p></body></html>"
@@ -124,7 +140,9 @@ def to_html(
     return "\n".join(parts)
 
 
-def _section(experiment: dict, tables: list[Table], pictures: list[tuple[Path, str]], highlight: str | None) -> list[str]:
+def _section(
+    experiment: dict, tables: list[Table], pictures: list[tuple[Path, str]], highlight: str | None, whole: bool
+) -> list[str]:
     parts = [f"<h2 id='{experiment['name']}'>{escape(experiment['title'])}</h2><p>{escape(experiment['about'])}</p>"]
     run, missing = [table for table in tables if table.runs], [table for table in tables if not table.runs]
     parts += [_table(table, highlight) for table in run]
@@ -141,7 +159,7 @@ def _section(experiment: dict, tables: list[Table], pictures: list[tuple[Path, s
         if table.command:
             commands.setdefault(table.command, []).append(table.title)
     if experiment.get("plot"):
-        commands[experiment["plot"]] = ["Figures"]
+        commands[experiment["plot"] + ("" if whole else " FILE.jsonl … --out-dir DIR")] = ["Figures"]
     lines = []
     for command, titles in commands.items():
         lines += [f"<span class='what'># {escape(title)}</span>" for title in titles] + [escape(command)]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from .methods import ESTIMATORS
 from .records import mean_std, settings_key
 
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
 NOT_RUN = "not run"
 PUBLISHED = "published"  # header of a column of published numbers, which belong to the column before it
+# Settings whose default is the method's, and those that only methods read which learn hyperparameters.
+OF_METHOD = ("temperature", "sigma", "inner_lr", "inner_steps", "share", "weight_input", "perturb", "rtn_input")
+OF_LEARNING = (
+    "n_candidates", "common_random_numbers", "angle_lr", "meta_every", "meta_optimizer", "meta_lr", "normalize_weights",
+    "transform_lr", "rtn_lr", "rtn_layers",
+)  # fmt: skip
 
 
 @dataclass
@@ -36,17 +46,27 @@ class Table:
         return " ".join(self.notes + ([f"Published numbers: {self.source}."] if self.source else []))
 
 
-def build_tables(spec: dict, runs: list[dict]) -> list[Table]:
-    """All tables of resources/paper_tables.json, the summary first."""
+def build_tables(spec: dict, runs: list[dict], whole: bool = True) -> list[Table]:
+    """All tables of resources/paper_tables.json, the summary first; last, those of the runs that stand in none of them.
+
+    whole: False leaves out the tables without a run, and the lines of the summary and of the ratios that have none.
+    """
     specs = {table["name"]: table for table in spec["tables"]}
-    tables = [_ratio_table(t, specs, runs) if t.get("kind") == "ratios" else build_table(t, runs) for t in specs.values()]
-    return ([_summary(spec["summary"], specs, spec["experiments"], runs)] if "summary" in spec else []) + tables
+    build = lambda t: _ratio_table(t, specs, runs, whole) if t.get("kind") == "ratios" else build_table(t, runs, whole)
+    tables = [build(table) for table in specs.values()]
+    shown = {id(run) for table in tables for run in table.runs}
+    left = [run for run in runs if id(run) not in shown]
+    others = [_other_table(experiment, spec.get("methods", {}), left) for experiment in spec["experiments"]]
+    tables += [table for table in others if table.runs]
+    if "summary" in spec:
+        tables.insert(0, _summary(spec["summary"], specs, spec["experiments"], runs, whole))
+    return [table for table in tables if table.runs or whole]
 
 
-def build_table(spec: dict, runs: list[dict]) -> Table:
+def build_table(spec: dict, runs: list[dict], whole: bool = True) -> Table:
     """The table that `spec` (an entry of resources/paper_tables.json) describes, from the runs that it selects."""
     if spec.get("kind") == "quality":
-        return _quality_table(spec, runs)
+        return _quality_table(spec, runs, whole)
     runs = _select(spec, runs)
     if spec.get("kind") == "cost":
         return _cost_table(spec, runs)
@@ -60,7 +80,7 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
             header.append(PUBLISHED)
     rows, shown = [], {}
     for row in spec["rows"]:
-        groups = _groups([run for run in runs if _matches(run["config"], row["match"])], across) or [("", [])]
+        groups = _groups(_shown(runs, row, columns), across) or [("", [])]
         for suffix, group in groups:
             cells, counts = [], []
             for column in columns:
@@ -78,22 +98,24 @@ def build_table(spec: dict, runs: list[dict]) -> Table:
     if any("±" in cell for cells in rows for cell in cells):
         notes.append("Mean ± sample standard deviation over runs with different seeds.")
     if left:
-        notes.append(f"{left} more runs of other settings are in the result files and in no row.")
+        more = "1 more run of other settings is" if left == 1 else f"{left} more runs of other settings are"
+        notes.append(f"{more} in no row of this table.")
     return _table(spec, header, rows, list(shown.values()), notes)
 
 
-def _quality_table(spec: dict, runs: list[dict]) -> Table:
+def _quality_table(spec: dict, runs: list[dict], whole: bool) -> Table:
     """One line for each estimator, one column for each problem: mean cosine to exact T1–T2 in the runs that logged it.
 
     The last columns are the estimate's FLOPs and time over those of T1–T2 in the same problem, as ranges over the problems.
     """
     kinds = {"quality_flops": "FLOPs / T1–T2", "quality_seconds": "time / T1–T2"}
-    header = ["Estimate", *(column["label"] for column in spec["columns"]), *kinds.values()]
-    logged = [[run for run in _select(column, runs) if "quality_flops" in run["metrics"]] for column in spec["columns"]]
+    columns = [(c, [run for run in _select(c, runs) if "quality_flops" in run["metrics"]]) for c in spec["columns"]]
+    columns = [(column, mine) for column, mine in columns if mine or whole]
+    header = ["Estimate", *(column["label"] for column, _ in columns), *kinds.values()]
     rows = []
     for row in spec["rows"]:
         cells, costs = [], {kind: [] for kind in kinds}
-        for column, mine in zip(spec["columns"], logged):
+        for column, mine in columns:
             name = column.get("names", {}).get(row["estimate"], row["estimate"])
             found = [run["metrics"] for run in mine if name in run["metrics"]["cosine"]]
             cells.append(_cell(*mean_std(m["cosine"][name] for m in found)[:2], {"decimals": 3}) if mine else NOT_RUN)
@@ -101,7 +123,7 @@ def _quality_table(spec: dict, runs: list[dict]) -> Table:
                 values += [m[kind][name] / m[kind]["exact"] for m in found if name in m.get(kind, {})]
         ranges = [[f"{f(values):.2f}" if values else "–" for f in (min, max)] for values in costs.values()]
         rows.append([row["label"], *cells, *(low if low == high else f"{low} to {high}" for low, high in ranges)])
-    used = [run for mine in logged for run in mine]
+    used = [run for _, mine in columns for run in mine]
     return _table(spec, header, rows, used, [spec["note"]] if spec.get("note") else [])
 
 
@@ -126,13 +148,15 @@ def _over_second_order(methods: dict, method: str) -> list[str]:
     return [f"{own[key] / second[key]:.2f}" if own and second else "–" for key in ("seconds", "peak_bytes")]
 
 
-def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict]) -> Table:
+def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bool) -> Table:
     """One line for each cost table that the spec names: time and peak of methods over those of T1–T2, from the last record."""
     header, rows, used, notes = ["Application"], [], [], [spec["note"]] if spec.get("note") else []
     for title in spec["methods"].values():
         header += [f"{title}: time / T1–T2", f"{title}: peak / T1–T2"]
     for row in spec["rows"]:
         last = _select(specs[row["cost"]], runs)[-1:]
+        if not (last or whole):
+            continue
         methods = last[0]["metrics"] if last else {}
         cells = [cell for method in spec["methods"] for cell in _over_second_order(methods, method)]
         second = methods.get("second_order")
@@ -145,7 +169,7 @@ def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict]) -> Table:
     return _table(spec, header, rows, used, notes)
 
 
-def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict]) -> Table:
+def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict], whole: bool) -> Table:
     """One line for each experiment: a column of one of its tables by method, the published number, the cost against T1–T2.
 
     Of the entry's `measures` the first one that was run counts. Several columns are averaged, where all of them were run.
@@ -158,6 +182,8 @@ def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: 
         lines = [(measure["label"], *_measure(spec, measure, specs[measure["table"]], runs)) for measure in entry["measures"]]
         label, cells, values, mine = next((line for line in lines if set(line[2]) - {None}), lines[0])
         last = _select(specs[entry["cost"]], runs)[-1:] if entry.get("cost") else []
+        if not (mine or last or whole):
+            continue
         rows.append(
             [titles[entry["experiment"]], label, *cells]
             + _over_second_order(last[0]["metrics"] if last else {}, spec["costs_of"])
@@ -177,7 +203,7 @@ def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[
     cells, values, used = [], [], []
     for method in spec["methods"]:
         row = labelled[measure["rows"][method]] if method in measure["rows"] else None
-        wanted = [run for run in _select(table, runs) if row and _matches(run["config"], row["match"])]
+        wanted = _shown(_select(table, runs), row, table["columns"]) if row else []
         group = next((group for _, group in _groups(wanted, _across(table["columns"]))), [])
         chosen = [[run for run in group if _matches(run["config"], column.get("where", {}))] for column in columns]
         found = [_statistics(mine, column, row) for mine, column in zip(chosen, columns)]
@@ -192,6 +218,92 @@ def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[
     return cells, values, used
 
 
+def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) -> Table:
+    """One line for each configuration of the experiment's own among `runs`, which no other table shows.
+
+    experiment: its `data` are the settings that have a column, its `measures` the columns of numbers.
+    methods: their titles, in the order of the lines.
+    """
+    runs = [run for run in runs if run["experiment"] == experiment["name"] and experiment.get("measures")]
+    columns, measures = experiment.get("data", []), experiment.get("measures", [])
+    apart = [name for column in columns for name in column["settings"]]
+    own, usual = differences([run["config"] for run in runs], apart)
+    groups: dict[str, list[int]] = {}
+    for i, run in enumerate(runs):
+        groups.setdefault(settings_key(run["config"], ["seed"]), []).append(i)
+    order = {name: i for i, name in enumerate(methods)}
+
+    def place(group: list[int]) -> tuple:
+        config = runs[group[0]]["config"]
+        return [_sortable(config.get(name)) for name in apart], order.get(str(config.get("method")), len(order))
+
+    rows = []
+    for group in sorted(groups.values(), key=place):
+        mine = [runs[i] for i in group]
+        config = mine[0]["config"]
+        method = _text(config.get("method"))
+        label = ", ".join([methods.get(method, method), *([named(own[group[0]])] if own[group[0]] else [])])
+        data = [
+            column.get("between", " ").join(_text(config[n]) for n in column["settings"] if config.get(n) is not None) or "–"
+            for column in columns
+        ]
+        numbers = [_cell(*_statistics(mine, measure, None), measure) for measure in measures]
+        rows.append([label, *data, str(len(mine)), *numbers])
+    header = ["Method", *(column["label"] for column in columns), "seeds", *(measure["label"] for measure in measures)]
+    notes = ["Every configuration that no other table shows."]
+    common = {name: value for name, value in usual.items() if value is not None and value is not False}
+    if common:
+        notes.append(f"Settings, where a line names no other: {named(common)}.")
+    if any("±" in cell for cells in rows for cell in cells):
+        notes.append("Mean ± sample standard deviation over runs with different seeds.")
+    title = "Runs with data or settings of their own"
+    return Table(f"{experiment['name']}-others", experiment["name"], title, header, rows, None, runs, notes)
+
+
+def differences(configs: Sequence[dict], without: Iterable[str] = ()) -> tuple[list[dict], dict]:
+    """({setting: value} of what each configuration has other than most of them, what most have).
+
+    Not of the seed, the method, and the settings `without`. Where the method decides on a setting's default, or on whether it
+    is read, a configuration is compared with those of its method, and the second dict does not have the setting.
+    """
+    names = dict.fromkeys(name for config in configs for name in config if name not in ("seed", "method", *without))
+
+    def peers(name: str, config: dict) -> tuple[str, str | None]:
+        method = str(config.get("method"))
+        return name, method if name in OF_METHOD or (name in OF_LEARNING and method not in ESTIMATORS) else None
+
+    counts: dict[tuple[str, str | None], Counter] = {}
+    for config in configs:
+        for name in names:
+            counts.setdefault(peers(name, config), Counter())[json.dumps(config.get(name), sort_keys=True)] += 1
+    usual = {key: json.loads(values.most_common(1)[0][0]) for key, values in counts.items()}
+    own = [{n: config.get(n) for n in names if config.get(n) != usual[peers(n, config)]} for config in configs]
+    return own, {name: value for (name, method), value in usual.items() if method is None}
+
+
+def named(settings: dict) -> str:
+    """Settings in words."""
+    return ", ".join(f"{name} {_text(value)}" for name, value in settings.items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "not given" if value is None else str(value)
+
+
+def _sortable(value: object) -> tuple[bool, float, str]:
+    """Numbers before words."""
+    number = isinstance(value, (int, float))
+    return not number, value if number else 0, _text(value)
+
+
+def safe_name(text: str) -> str:
+    """A name of data as a part of a file's name: what may not stand there is replaced, and a digest tells such names apart."""
+    safe = re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip(".")[:80]
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
 def _table(spec: dict, header: list[str], rows: list[list[str]], runs: list[dict], notes: list[str]) -> Table:
     section = spec.get("section", spec.get("experiment"))
     return Table(spec["name"], section, spec["title"], header, rows, spec.get("source"), runs, notes, spec.get("command"))
@@ -199,6 +311,12 @@ def _table(spec: dict, header: list[str], rows: list[list[str]], runs: list[dict
 
 def _select(spec: dict, runs: list[dict]) -> list[dict]:
     return [run for run in runs if run["experiment"] == spec["experiment"] and _matches(run["config"], spec.get("where", {}))]
+
+
+def _shown(runs: list[dict], row: dict, columns: Sequence[dict]) -> list[dict]:
+    """The runs of a row that one of the columns is of."""
+    mine = [run for run in runs if _matches(run["config"], row["match"])]
+    return [run for run in mine if any(_matches(run["config"], column.get("where", {})) for column in columns)]
 
 
 def _across(columns: Sequence[dict]) -> tuple[str, ...]:
@@ -221,7 +339,7 @@ def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dic
     for group in ordered:
         usual, this = ordered[0][0]["config"], group[0]["config"]
         different = [k for k in {**usual, **this} if k not in across and usual.get(k) != this.get(k)]
-        result.append(("".join(f", {k} {this.get(k)}" for k in different), group))
+        result.append(("".join(f", {k} {_text(this.get(k))}" for k in different), group))
     return result
 
 
@@ -261,7 +379,8 @@ def _published(row: dict, column: dict) -> str:
 
 def to_markdown(table: Table) -> str:
     align = [":--"] * table.n_labels + ["--:"] * (len(table.header) - table.n_labels)
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [table.header, align, *table.rows])
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [table.header, align, *rows])
     return text + "\n\n" + table.remarks + "\n"
 
 
