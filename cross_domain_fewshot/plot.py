@@ -1,5 +1,7 @@
 """Accuracy by held-out domain, γ and β over training; memory over depth and over K, from the record of scale.py.
 
+Runs on domains of one's own alone have figures of their own, called …_own_….
+
 python -m cross_domain_fewshot.plot [FILE.jsonl …] [--out-dir DIR]
 """
 
@@ -10,7 +12,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from evograd.lab import figures
 from evograd.lab.figures import COLOURS
+from evograd.lab.methods import MAIN
 
+from .data import GLYPH_FONTS, PAPER_DOMAINS
+
+# Of the tables.
+DOMAINS = {*GLYPH_FONTS, *PAPER_DOMAINS, "tiny_imagenet", "omniglot"}
+DOMAINS |= {f"pacs_{kind}" for kind in ("photo", "art_painting", "cartoon", "sketch")}
+LINE = ("method", "held_out", "n_shot")  # what tells points apart
 TITLES = {
     "none": "no transformation",
     "fixed": "fixed transformation",
@@ -20,17 +29,33 @@ COLOUR = {**COLOURS, "none": "#BBBBBB", "fixed": COLOURS["baseline"]}
 
 
 def series(runs):
-    """{(data, backbone, head): runs}: what one figure compares."""
+    """{(data, backbone, head): runs}: what one figure compares. The data are "…_own" where none of the domains is known."""
     groups = {}
     for run in runs:
-        groups.setdefault(tuple(run["config"][key] for key in ("data", "backbone", "head")), []).append(run)
+        config = run["config"]
+        own = "" if DOMAINS & {config["held_out"], *config["seen"]} else "_own"
+        groups.setdefault((config["data"] + own, config["backbone"], config["head"]), []).append(run)
     return groups
 
 
-def plot_accuracy(runs, path):
+def method_of(config):
+    return TITLES[config["method"]]
+
+
+def domain_of(config):
+    return config["held_out"]
+
+
+def label_of(config):
+    return f"{method_of(config)}, {domain_of(config)}, {config['n_shot']}-shot"
+
+
+def plot_accuracy(runs, path, title, every):
     """One panel for each number of shots, one group of points for each held-out domain, one point for each method.
 
     The bar is the 95 % interval over test episodes; of several seeds, mean and mean half width.
+
+    every: the runs that the figure could show.
     """
     shots = sorted({run["config"]["n_shot"] for run in runs})
     domains = list(dict.fromkeys(run["config"]["held_out"] for run in runs))
@@ -45,21 +70,23 @@ def plot_accuracy(runs, path):
                     mean, half = (sum(m[key] for m in mine) / len(mine) for key in ("accuracy", "interval"))
                     place = x + 0.12 * (i - (len(methods) - 1) / 2)
                     axis.errorbar(place, mean, half, fmt="o", ms=4, lw=1.5, color=COLOUR[method], label=TITLES[method])
-        axis.set_xticks(range(len(domains)), [domain.replace("_", "\n") for domain in domains])
+        axis.set_xticks(range(len(domains)), [figures.literal(domain).replace("_", "\n") for domain in domains])
         axis.set_xlim(-0.6, len(domains) - 0.4)
         axis.set_title(f"{n_shot}-shot", fontsize=10)
         axis.set_xlabel("held-out domain")
         axis.grid(axis="y", alpha=0.3)
     axes[0, 0].set_ylabel("accuracy (%)")
     shown = [pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels())]
-    handles = {text: handle for handle, text in shown}  # each method once
+    shown = {text: handle for handle, text in shown}  # each method once
+    handles = {TITLES[method]: shown[TITLES[method]] for method in methods}
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
+    figures.heading(figure, title, every, runs, (*LINE, "seen"), (method_of, domain_of, label_of))
     figures.save(figure, path)
 
 
-def plot_transformations(runs, path, remark):
+def plot_transformations(runs, path, title, every, remark):
     """Softplus of γ (above) and of β (below), mean over the channels, one line for each layer, one column for each method."""
-    runs = {run["config"]["method"]: run for run in runs if "gamma" in run["metrics"]}  # the last one of each method
+    runs = {run["config"]["method"]: run for run in runs}
     methods = [method for method in TITLES if method in runs]
     figure, axes = plt.subplots(
         2, len(methods), figsize=(1.2 + 2.6 * len(methods), 4.6), sharex=True, sharey="row", layout="constrained", squeeze=False
@@ -78,10 +105,11 @@ def plot_transformations(runs, path, remark):
     axes[0, 0].set_ylabel("softplus(γ)")
     axes[1, 0].set_ylabel("softplus(β)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figures.heading(figure, title, every, list(runs.values()), LINE, (method_of,))
     figures.save(figure, path, remark)
 
 
-SCALE = {"plain": "plain step", **figures.TITLES}
+SCALE = {"plain": "plain step", **{method: figures.TITLES[method] for method in MAIN}}
 MARKERS = dict(zip(SCALE, "s^oDv"))  # lines of methods that need the same lie on each other
 
 
@@ -138,15 +166,20 @@ def main(argv=None):
     for run in scale[-1:]:
         plot_depth(run["metrics"], run["config"], folder / "cross_domain_fewshot_scale_depth.png")
         plot_candidates(run["metrics"], run["config"], folder / "cross_domain_fewshot_scale_candidates.png")
+    runs = [run for run in runs if run["config"]["method"] in TITLES]
     for (data, backbone, head), group in series(runs).items():
-        plot_accuracy(group, folder / f"cross_domain_fewshot_accuracy_{data}_{backbone}_{head}.png")
+        name, title = f"{data}_{backbone}_{head}", f"{data.replace('_own', ', own domains')}, {backbone}, {head}"
+        usual = figures.usual_settings(group, LINE)
+        plot_accuracy(usual, folder / f"cross_domain_fewshot_accuracy_{name}.png", title, group)
         learned = [run for run in group if "gamma" in run["metrics"]]
         if learned:
             # γ and β of one held-out domain, number of shots and seed: those of the last run
-            same = {key: learned[-1]["config"][key] for key in ("held_out", "n_shot", "seed")}
-            chosen = [run for run in learned if same.items() <= run["config"].items()]
-            path = folder / f"cross_domain_fewshot_transformations_{data}_{backbone}_{head}.png"
-            plot_transformations(chosen, path, f", {json.dumps(same)}")
+            chosen = [run for run in usual if "gamma" in run["metrics"]]
+            same = {key: chosen[-1]["config"][key] for key in ("held_out", "n_shot", "seed")}
+            chosen, every = ([run for run in some if same.items() <= run["config"].items()] for some in (chosen, learned))
+            title += f", held out {same['held_out']}, {same['n_shot']}-shot, seed {same['seed']}"
+            path = folder / f"cross_domain_fewshot_transformations_{name}.png"
+            plot_transformations(chosen, path, title, every, f", {json.dumps(same)}")
 
 
 if __name__ == "__main__":

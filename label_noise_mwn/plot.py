@@ -1,7 +1,7 @@
 """Figures from result lines: python -m label_noise_mwn.plot [FILE.jsonl …] [--out-dir DIR]
 
-For each data set: test accuracy over epochs by method, one panel for each noise; the learned weight over the loss at several
-epochs; the weights of clean and of noisy samples at the end of training.
+For each data set, of each method the settings that were run most often: test accuracy over epochs by method, one panel for each
+noise; the learned weight over the loss at several epochs; the weights of clean and of noisy samples at the end of training.
 """
 
 import statistics
@@ -10,12 +10,14 @@ import matplotlib.pyplot as plt
 
 from evograd.lab import figures
 from evograd.lab.figures import COLOURS
+from evograd.lab.tables import safe_name
 
 TITLES = {
     "cross_entropy": "cross-entropy",
     **figures.TITLES,
 }
 COLOUR = {**COLOURS, "cross_entropy": COLOURS["baseline"]}
+LINE = ("data", "method", "noise", "noise_level")  # what tells lines and panels apart
 
 
 def panels(n, width=3.0, height=3.0):
@@ -32,8 +34,25 @@ def noise_of(config):
     return f"{config['noise']}{level}"
 
 
-def plot_accuracy(runs, path):
-    """One panel for each noise, one line for each method: mean over seeds, with mean ± standard deviation as a band."""
+def method_of(config):
+    return TITLES[config["method"]]
+
+
+def label_of(config):
+    return f"{method_of(config)}, {noise_of(config)}"
+
+
+def add_legend(figure, axes, ncols):
+    """Of every line once, wherever it is drawn."""
+    shown = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
+
+
+def plot_accuracy(runs, path, every):
+    """One panel for each noise, one line for each method: mean over seeds, with mean ± standard deviation as a band.
+
+    every: the runs that the figure could show.
+    """
     noises = list(dict.fromkeys(noise_of(run["config"]) for run in runs))
     figure, axes = panels(len(noises))
     for axis, noise in zip(axes, noises):
@@ -58,17 +77,20 @@ def plot_accuracy(runs, path):
         axis.set_title(f"{noise} noise", fontsize=10)
         axis.set_xlabel("epoch")
     axes[0].set_ylabel("test accuracy (%)")
-    figure.legend(
-        *axes[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=5 if len(axes) > 1 else 2,
-        frameon=False,
-        fontsize=9,
-    )
+    add_legend(figure, axes, ncols=5 if len(axes) > 2 else len(axes) + 1)
+    figures.heading(figure, runs[0]["config"]["data"], every, runs, LINE, (method_of, label_of))
     figures.save(figure, path)
 
 
-def plot_weights(runs, path):
+def head(figure, runs, every):
+    """The title of a figure of one run of each method."""
+    config = runs[0]["config"]
+    seeds = dict.fromkeys(str(run["config"]["seed"]) for run in runs)
+    title = f"{config['data']}, {noise_of(config)} noise, seed {', '.join(seeds)}"
+    figures.heading(figure, title, every, runs, LINE, (method_of,))
+
+
+def plot_weights(runs, path, every):
     """One panel for each method (its first seed at the highest noise): weight over loss, one curve for each recorded epoch."""
     figure, axes = panels(len(runs))
     for axis, run in zip(axes, runs):
@@ -81,11 +103,12 @@ def plot_weights(runs, path):
         axis.set_xlabel("loss of the sample")
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("learned weight")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    add_legend(figure, axes, ncols=6 if len(axes) > 1 else 3)
+    head(figure, runs, every)
     figures.save(figure, path)
 
 
-def plot_histograms(runs, path):
+def plot_histograms(runs, path, every):
     """One panel for each method (its first seed at the highest noise): shares of clean and of noisy samples by weight."""
     figure, axes = panels(len(runs))
     for axis, run in zip(axes, runs):
@@ -99,24 +122,30 @@ def plot_histograms(runs, path):
         axis.set_title(TITLES[run["config"]["method"]] + ("" if auc is None else f"\nAUC {auc:.2f}"), fontsize=10)
         axis.set_xlabel("learned weight")
     axes[0].set_ylabel("samples (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    add_legend(figure, axes, ncols=2)
+    head(figure, runs, every)
     figures.save(figure, path)
 
 
 def main(argv=None):
-    runs, folder = figures.runs_to_plot(__doc__, "label_noise_mwn", argv)
-    runs = figures.usual_settings(runs, ("data", "method", "noise", "noise_level"))
+    every, folder = figures.runs_to_plot(__doc__, "label_noise_mwn", argv)
+    every = [run for run in every if run["config"]["method"] in TITLES]
+    runs = figures.usual_settings(every, LINE)
     runs.sort(key=lambda run: (run["config"]["noise"], run["config"]["noise_level"] or 0, run["config"]["seed"]))
     for data in dict.fromkeys(run["config"]["data"] for run in runs):
-        mine = [run for run in runs if run["config"]["data"] == data]
-        plot_accuracy(mine, folder / f"label_noise_mwn_accuracy_{data}.png")
+        mine, could = ([run for run in some if run["config"]["data"] == data] for some in (runs, every))
+        name = safe_name(data)
+        plot_accuracy(mine, folder / f"label_noise_mwn_accuracy_{name}.png", could)
         last = noise_of(mine[-1]["config"])
         with_weights = [run for run in mine if "weight_curves" in run["metrics"] and noise_of(run["config"]) == last]
         first = {run["config"]["method"]: run for run in reversed(with_weights)}  # of each method, the first seed
         chosen = [first[method] for method in TITLES if method in first]
         if chosen:
-            plot_weights(chosen, folder / f"label_noise_mwn_weights_{data}.png")
-            plot_histograms(chosen, folder / f"label_noise_mwn_histograms_{data}.png")
+            seeds = {run["config"]["seed"] for run in chosen}
+            could = [run for run in could if "weight_curves" in run["metrics"] and noise_of(run["config"]) == last]
+            could = [run for run in could if run["config"]["seed"] in seeds]
+            plot_weights(chosen, folder / f"label_noise_mwn_weights_{name}.png", could)
+            plot_histograms(chosen, folder / f"label_noise_mwn_histograms_{name}.png", could)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,28 @@ import matplotlib.pyplot as plt
 from evograd.lab import figures
 from evograd.lab.figures import COLOURS
 from evograd.lab.records import mean_std
+from evograd.lab.tables import safe_name
 
 TITLES = {
     "target_only": "target only",
     "joint_training": "joint training",
     **figures.TITLES,
 }
+LINE = ("data", "source", "target", "method")  # what tells lines and panels apart
 LINES = {**COLOURS, "joint_training": COLOURS["baseline"], "target_only": COLOURS["theory"]}
+
+
+def languages_of(config):
+    return f"{config['source']} → {config['target']}"
+
+
+def head(figure, languages):
+    """The figure's title, of what its lines leave out and of settings in which they differ."""
+    every = [run for runs in languages.values() for run in runs]
+    shown = [run for runs in languages.values() for group in seeds_of_methods(runs).values() for run in group]
+    method_of = lambda config: TITLES[config["method"]]
+    label_of = lambda config: f"{method_of(config)}, {languages_of(config)}"
+    figures.heading(figure, every[0]["config"]["data"], every, shown, LINE, (method_of, languages_of, label_of))
 
 
 def seeds_of_methods(runs):
@@ -35,12 +50,13 @@ def plot_dev_f1(languages, path):
             if stds[0] is not None:
                 low, high = ([m + sign * s for m, s in zip(means, stds)] for sign in (-1, 1))
                 axis.fill_between(x, low, high, color=LINES[method], alpha=0.12, lw=0)
-        axis.set_title(language, fontsize=10)
+        axis.set_title(figures.literal(language), fontsize=10)
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="lower right")
     axes[0][0].set_ylabel("dev F1 (%)")
+    head(figure, languages)
     figures.save(figure, path)
 
 
@@ -64,16 +80,17 @@ def plot_gates(languages, path):
             name = runs[0]["config"][side]
             axis.bar(
                 x, means, width, yerr=[s or 0 for s in stds], color=LINES[method], alpha=1 if side == "source" else 0.45,
-                error_kw={"lw": 0.8}, label=f"{TITLES[method]}, {name}",
+                error_kw={"lw": 0.8}, label=f"{TITLES[method]}, {figures.literal(name)}",
             )  # fmt: skip
         axis.axhline(0.5, color="black", ls="--", lw=0.8)
         axis.set_xticks(range(len(layers)), layers)
         axis.set_xlabel("RTN after layer")
-        axis.set_title(language, fontsize=10)
+        axis.set_title(figures.literal(language), fontsize=10)
         axis.set_ylim(0, 1.4)  # room for the legend
         axis.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axis.legend(fontsize=6, ncols=2, loc="upper center")
     axes[0][0].set_ylabel("mean of the gate, sigmoid(g)")
+    head(figure, languages)
     figures.save(figure, path)
 
 
@@ -81,14 +98,14 @@ def main(argv=None):
     runs, folder = figures.runs_to_plot(__doc__, "metaxl", argv)
     by_data = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        config = run["config"]
-        by_data[config["data"]][f"{config['source']} → {config['target']}"].append(run)
+        if run["config"]["method"] in TITLES:
+            by_data[run["config"]["data"]][languages_of(run["config"])].append(run)
     for data, languages in by_data.items():
         learned = {name: [run for run in runs if "gates" in run["metrics"]] for name, runs in languages.items()}
         learned = {name: runs for name, runs in learned.items() if runs}
         for figure, plot, chosen in (("dev_f1", plot_dev_f1, languages), ("gates", plot_gates, learned)):
             if chosen:
-                plot(chosen, folder / f"metaxl_{figure}_{data}.png")
+                plot(chosen, folder / f"metaxl_{figure}_{safe_name(data)}.png")
 
 
 if __name__ == "__main__":

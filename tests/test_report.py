@@ -536,3 +536,115 @@ def test_records_of_an_unknown_experiment_are_named(results, tmp_path, capsys):
     assert "<li>toy_&lt;sweep&gt;: 1</li>" in page and "hold no run" not in page and "<h2" not in page
     append_line(results, cost_line(3.0, 2, 4.0, 8))
     assert "toy_cost" not in make(results, tmp_path, spec=with_summary()).replace("toy_<sweep>", "")
+
+
+# --- figures: one configuration a line, and what they leave out they say -------------------------------------------------
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """{name of a figure: what stands above it}, of those saved from here on."""
+    found = {}
+
+    def save(figure, path, remark=""):
+        found[path.name] = figure.get_suptitle().replace("\n", " ")
+        write(figure, path, remark)
+
+    write = figures.save
+    monkeypatch.setattr(figures, "save", save)
+    return found
+
+
+def changed(record, **config):
+    return {**record, "config": {**record["config"], **config}}
+
+
+def committed(name):
+    return read_runs([ROOT / name])[0]
+
+
+def drawn(plot, records, folder, titles):
+    path = folder / "runs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    titles.clear()
+    plot.main([str(path), "--out-dir", str(folder)])
+    for name in titles:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    return dict(titles)
+
+
+def test_figures_of_rotation_keep_settings_apart(tmp_path, titles):
+    from rotation import plot
+
+    usual = [r for r in committed("rotation/results/digits.jsonl") if r["config"]["method"] == "evograd"]
+    longer = [changed(r, epochs=50) for r in usual]
+    more = changed(usual[0], epochs=50, n_candidates=10)
+    records = [*usual, *longer, more, changed(usual[0], method="neumann", device="cuda")]
+    assert drawn(plot, records, tmp_path, titles) == {
+        "rotation_angle_digits.png": "digits, default settings",
+        "rotation_angle_digits_other.png": "digits, other settings than the default. Not shown: 1 run with other n_candidates",
+    }
+    assert plot.changed_label(longer[0]["config"]) == "EvoGrad, epochs 50"
+    assert drawn(plot, usual, tmp_path, titles).keys() == {"rotation_angle_digits.png"}
+    assert list(drawn(plot, [changed(usual[0], data="a/b")], tmp_path, titles)) == [
+        f"rotation_angle_{tables.safe_name('a/b')}_other.png"
+    ]
+
+
+def test_figures_of_label_noise_say_what_they_leave_out(tmp_path, titles):
+    from label_noise_mwn import plot
+
+    runs = [r for r in committed("label_noise_mwn/results/digits.jsonl") if r["config"]["noise_level"] == 0.4]
+    runs = [r for r in runs if r["config"]["n_candidates"] == 2 and r["config"]["seed"] < 5]
+    own = [changed(r, data="my $own$ data", noise="given", noise_level=None) for r in runs]
+    mixed = [changed(r, lr=0.5) for r in own if r["config"]["method"] == "mixed_mode"]
+    second = [changed(r, lr=0.7) for r in own if r["config"]["method"] == "second_order"]
+    records = [*runs, *own, *mixed, *second, changed(second[0], seed=99)]
+    found = drawn(plot, records, tmp_path, titles)
+    name = tables.safe_name("my $own$ data")
+    assert found["label_noise_mwn_accuracy_digits.png"] == "digits"
+    assert found[f"label_noise_mwn_accuracy_{name}.png"] == (
+        "my $own$ data. T1–T2 (higher): lr 0.7. Not shown: 4 runs with other lr"
+    )
+    seed = mixed[0]["config"]["seed"]
+    start = f"my $own$ data, given noise, seed {seed}. T1–T2 (higher): lr 0.7. Not shown: "
+    assert found[f"label_noise_mwn_weights_{name}.png"].startswith(start)
+    kinds = ("accuracy", "weights", "histograms")
+    assert found.keys() == {f"label_noise_mwn_{kind}_{data}.png" for kind in kinds for data in ("digits", name)}
+
+
+def test_figures_of_own_domains_stand_alone(tmp_path, titles):
+    from cross_domain_fewshot import plot
+
+    runs = [r for r in committed("cross_domain_fewshot/results/filelists.jsonl") if r["config"]["held_out"] == "omniglot"]
+    runs = list({r["config"]["method"]: r for r in runs}.values())
+    own = [changed(r, held_out="my/$b$", seen=["photos", "prints"]) for r in runs]
+    longer = [changed(r, epochs=99, seed=seed) for r in own if r["config"]["method"] == "evograd" for seed in (1, 2)]
+    found = drawn(plot, [*runs, *own, *longer], tmp_path, titles)
+    assert found["cross_domain_fewshot_accuracy_filelists_conv4_relationnet.png"] == "filelists, conv4, relationnet"
+    start = "filelists, own domains, conv4, relationnet"
+    assert found["cross_domain_fewshot_accuracy_filelists_own_conv4_relationnet.png"] == (
+        f"{start}. EvoGrad: epochs 99. Not shown: 1 run with other epochs"
+    )
+    last = found["cross_domain_fewshot_transformations_filelists_own_conv4_relationnet.png"]
+    assert last.startswith(f"{start}, held out my/$b$, 5-shot, seed ")
+
+
+def test_figures_of_own_languages_name_their_settings(tmp_path, titles):
+    from metaxl import plot
+
+    runs = [r for r in committed("metaxl/results/ner.jsonl") if r["config"]["target"] == "pcm"]
+    own = [changed(r, target="swa", encoder="own/encoder") for r in runs]
+    own = [{**r, "metrics": {k: v for k, v in r["metrics"].items() if k != "gates"}} for r in own]
+    found = drawn(plot, [*runs, *own, changed(own[0], seed=9, lr=1.0)], tmp_path, titles)
+    assert found == {
+        "metaxl_dev_f1_ner.png": "ner. en → swa: encoder own/encoder. Not shown: 1 run with other lr",
+        "metaxl_gates_ner.png": "ner",
+    }
+
+
+def test_a_figure_of_nothing_is_not_made(tmp_path, titles, capsys):
+    from rotation import plot
+
+    assert drawn(plot, [], tmp_path, titles) == {}
+    assert "no run of rotation in" in capsys.readouterr().out

@@ -6,7 +6,9 @@
 
 import argparse
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .records import read_runs, settings_key
+from .tables import OF_LEARNING, OF_METHOD, differences, named
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), the same in every figure.
 COLOURS = {
@@ -24,6 +27,9 @@ COLOURS = {
     "evograd_guided": "#E69F00",
     "mixed_mode": "#009E73",
     "second_order": "#CC79A7",
+    "finite_difference": "#56B4E9",
+    "neumann": "#B8A800",
+    "conjugate_gradient": "#000000",
     "baseline": "#666666",
     "theory": "#D55E00",
 }
@@ -32,6 +38,9 @@ TITLES = {
     "evograd_guided": "EvoGrad, guided",
     "mixed_mode": "mixed mode",
     "second_order": "T1–T2 (higher)",
+    "finite_difference": "finite differences",
+    "neumann": "Neumann series",
+    "conjugate_gradient": "conjugate gradients",
 }
 
 
@@ -57,17 +66,69 @@ def runs_to_plot(
     runs, broken = read_runs(args.results)
     for line in broken:
         print(f"left out: {line}")
-    return [run for run in runs if run["experiment"] in (experiment, *further)], args.out_dir
+    runs = [run for run in runs if run["experiment"] in (experiment, *further)]
+    if not runs:
+        print(f"no run of {experiment} in {', '.join(map(str, args.results))}: no figure")
+    return runs, args.out_dir
 
 
 def usual_settings(runs: list[dict], names: Sequence[str]) -> list[dict]:
     """For each value of the settings `names`: its runs that differ in nothing but the seed, of the settings that were run most
-    often, the last of equals. So that a line in a figure is of one configuration."""
+    often; of equals those that more runs of the other methods have, then the last. So that a line in a figure is of one
+    configuration."""
     groups = {}
     for run in runs:
         group = groups.setdefault(tuple(run["config"][name] for name in names), {})
         group.setdefault(settings_key(run["config"], without=["seed"]), []).append(run)
-    return [run for group in groups.values() for run in max(reversed(group.values()), key=len)]
+    # Without what is the method's own. `names` but the method stay: runs of other data have no say.
+    common = lambda run: settings_key(run["config"], without=("seed", "method", *OF_METHOD, *OF_LEARNING))
+    support = Counter(map(common, runs))
+    size = lambda group: (len(group), support[common(group[0])])
+    return [run for group in groups.values() for run in max(reversed(group.values()), key=size)]
+
+
+def heading(
+    figure: plt.Figure,
+    title: str,
+    runs: list[dict],
+    shown: list[dict],
+    line: Sequence[str],
+    labels: Sequence[Callable[[dict], str]] = (),
+) -> None:
+    """Above a figure: its title, in what its lines differ that their names do not say, and which of `runs` are not `shown`.
+
+    line: the settings that tell lines and panels apart.
+    labels: what a line of that configuration is called, the last one telling it from all others; those before it are taken
+    where what is said goes for all lines that they name. Without any no difference is named.
+    """
+    sentences = [title]
+    words = [named(own) for own in differences([run["config"] for run in shown], line)[0]]
+    for settings in dict.fromkeys(word for word in words if word and labels):
+        names = {}
+        for run in (run for run, word in zip(shown, words) if word == settings):
+            for label in labels:
+                alike = {word for other, word in zip(shown, words) if label(other["config"]) == label(run["config"])}
+                if label is labels[-1] or alike == {settings}:
+                    names[label(run["config"])] = None
+                    break
+        some = list(names)[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
+        sentences.append(f"{'; '.join(some)}: {settings}")
+    of_line = lambda run: settings_key({name: run["config"].get(name) for name in line})
+    there, known = {of_line(run): run["config"] for run in shown}, {id(run) for run in shown}
+    left, other = [run for run in runs if id(run) not in known], {}
+    for run in left:  # what they have otherwise than those shown in their place
+        config, instead = run["config"], there.get(of_line(run), run["config"])
+        other |= {name: None for name in {**config, **instead} if name != "seed" and config.get(name) != instead.get(name)}
+    if left:
+        what = f"with other {', '.join(other)}" if other else "of other settings"
+        sentences.append(f"Not shown: {len(left)} run{'s' * (len(left) > 1)} {what}")
+    text = textwrap.fill(". ".join(sentences), max(40, int(17 * figure.get_figwidth())))
+    figure.suptitle(text, fontsize=8, color="#444444", parse_math=False)
+
+
+def literal(text: str) -> str:
+    """A name as it stands, where matplotlib would read $…$ as a formula."""
+    return text.replace("$", r"\$")
 
 
 def save(figure: plt.Figure, path: Path, remark: str = "", dpi: int = 130) -> None:
