@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def open_board(folder: str | None, name: str, step: int):
-    """A torch.utils.tensorboard.SummaryWriter for folder/name, or None if `folder` is; what it has from `step` on is left out.
+    """A torch.utils.tensorboard.SummaryWriter for folder/name, or None if `folder` is; what it has after `step` is left out.
 
     ValueError if the package is missing, OSError if nothing can be written there.
     """
@@ -20,4 +20,4 @@ def open_board(folder: str | None, name: str, step: int):
         ) from error
     path = Path(folder) / name
     path.mkdir(parents=True, exist_ok=True)
-    return SummaryWriter(str(path), purge_step=step)
+    return SummaryWriter(str(path), purge_step=step + 1)  # what was written in `step` itself is not written again
