@@ -168,6 +168,17 @@ def test_committed_readmes_follow_from_committed_results():
         assert tables.update_markdown(text, built) == text, readme
 
 
+def test_every_committed_run_stands_in_a_table():
+    spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
+    runs, _ = read_runs(sorted(ROOT.glob("*/results/*.jsonl")))
+    shown = {id(run) for table in tables.build_tables(spec, runs)[1:] for run in table.runs}
+    measured = [experiment["name"] for experiment in spec["experiments"] if "measures" in experiment]
+    assert len(measured) == 4
+    for run in runs:
+        assert id(run) in shown or run["experiment"] not in measured, run["config"]
+    assert {run["experiment"] for run in runs} <= report._kinds(spec)
+
+
 def test_published_numbers_name_their_source():
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     for table in spec["tables"]:
@@ -596,18 +607,18 @@ def test_figures_of_label_noise_say_what_they_leave_out(tmp_path, titles):
 
     runs = [r for r in committed("label_noise_mwn/results/digits.jsonl") if r["config"]["noise_level"] == 0.4]
     runs = [r for r in runs if r["config"]["n_candidates"] == 2 and r["config"]["seed"] < 5]
-    own = [changed(r, data="my $own$ data", noise="given", noise_level=None) for r in runs]
+    own = [changed(r, data="my $\\own$ data", noise="given", noise_level=None) for r in runs]
     mixed = [changed(r, lr=0.5) for r in own if r["config"]["method"] == "mixed_mode"]
     second = [changed(r, lr=0.7) for r in own if r["config"]["method"] == "second_order"]
     records = [*runs, *own, *mixed, *second, changed(second[0], seed=99)]
     found = drawn(plot, records, tmp_path, titles)
-    name = tables.safe_name("my $own$ data")
+    name = tables.safe_name("my $\\own$ data")
     assert found["label_noise_mwn_accuracy_digits.png"] == "digits"
     assert found[f"label_noise_mwn_accuracy_{name}.png"] == (
-        "my $own$ data. T1–T2 (higher): lr 0.7. Not shown: 4 runs with other lr"
+        "my $\\own$ data. T1–T2 (higher): lr 0.7. Not shown: 4 runs with other lr"
     )
     seed = mixed[0]["config"]["seed"]
-    start = f"my $own$ data, given noise, seed {seed}. T1–T2 (higher): lr 0.7. Not shown: "
+    start = f"my $\\own$ data, given noise, seed {seed}. T1–T2 (higher): lr 0.7. Not shown: "
     assert found[f"label_noise_mwn_weights_{name}.png"].startswith(start)
     kinds = ("accuracy", "weights", "histograms")
     assert found.keys() == {f"label_noise_mwn_{kind}_{data}.png" for kind in kinds for data in ("digits", name)}
@@ -618,7 +629,7 @@ def test_figures_of_own_domains_stand_alone(tmp_path, titles):
 
     runs = [r for r in committed("cross_domain_fewshot/results/filelists.jsonl") if r["config"]["held_out"] == "omniglot"]
     runs = list({r["config"]["method"]: r for r in runs}.values())
-    own = [changed(r, held_out="my/$b$", seen=["photos", "prints"]) for r in runs]
+    own = [changed(r, held_out="my/$\\own$", seen=["photos", "prints"]) for r in runs]
     longer = [changed(r, epochs=99, seed=seed) for r in own if r["config"]["method"] == "evograd" for seed in (1, 2)]
     found = drawn(plot, [*runs, *own, *longer], tmp_path, titles)
     assert found["cross_domain_fewshot_accuracy_filelists_conv4_relationnet.png"] == "filelists, conv4, relationnet"
@@ -627,18 +638,18 @@ def test_figures_of_own_domains_stand_alone(tmp_path, titles):
         f"{start}. EvoGrad: epochs 99. Not shown: 1 run with other epochs"
     )
     last = found["cross_domain_fewshot_transformations_filelists_own_conv4_relationnet.png"]
-    assert last.startswith(f"{start}, held out my/$b$, 5-shot, seed ")
+    assert last.startswith(f"{start}, held out my/$\\own$, 5-shot, seed ")
 
 
 def test_figures_of_own_languages_name_their_settings(tmp_path, titles):
     from metaxl import plot
 
     runs = [r for r in committed("metaxl/results/ner.jsonl") if r["config"]["target"] == "pcm"]
-    own = [changed(r, target="swa", encoder="own/encoder") for r in runs]
+    own = [changed(r, target="$\\own$", encoder="own/encoder") for r in runs]
     own = [{**r, "metrics": {k: v for k, v in r["metrics"].items() if k != "gates"}} for r in own]
     found = drawn(plot, [*runs, *own, changed(own[0], seed=9, lr=1.0)], tmp_path, titles)
     assert found == {
-        "metaxl_dev_f1_ner.png": "ner. en → swa: encoder own/encoder. Not shown: 1 run with other lr",
+        "metaxl_dev_f1_ner.png": "ner. en → $\\own$: encoder own/encoder. Not shown: 1 run with other lr",
         "metaxl_gates_ner.png": "ner",
     }
 
