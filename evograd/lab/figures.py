@@ -179,7 +179,7 @@ def plot_quality(runs: list[dict], path: Path) -> None:
             axis.grid(alpha=0.3)
         axes[row, 0].set_ylabel("cosine to exact T1–T2")
     for axis, run in zip(axes[0], runs):
-        axis.set_title(f"{run['experiment']}, {run['config']['data']}", fontsize=10)
+        axis.set_title(literal(f"{run['experiment']}, {run['config']['data']}"), fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save(figure, path)
 
