@@ -11,6 +11,7 @@ Also printed: the peak of larger backbones in GB, counted that way, beside the 1
 candidates and what fits into which card: scale.py.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd.lab import cli
 from evograd.lab.records import seed_everything
-from evograd.measuring import Cost, compare, flops, peak_bytes, seconds
+from evograd.measuring import Cost, compare, flops, launches, peak_bytes, seconds
 
 from .models import RESNETS
 from .train import Trainer, parse_args
@@ -50,7 +51,7 @@ def counted(method, backbone, image_size):
     """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = make_step(method, backbone, image_size, torch.device("cpu"))
-        return Cost(None, peak_bytes(step), flops(step))
+        return Cost(None, peak_bytes(step), flops(step), launches(step))
 
 
 def main(argv=None):
@@ -72,7 +73,7 @@ def main(argv=None):
     if args.device.type == "cpu" and not args.fake:
         steps = {method: make_step(method, args.backbone, args.image_size, args.device) for method in methods}
         times = seconds(steps, args.repeats, warmup=1)
-        costs = {method: Cost(times[method], cost.peak_bytes, cost.flops) for method, cost in costs.items()}
+        costs = {method: replace(cost, seconds=times[method]) for method, cost in costs.items()}
     costs = {"plain" if method == PLAIN else method: cost for method, cost in costs.items()}
 
     gigabytes = {}

@@ -1,4 +1,4 @@
-"""What a step costs: seconds, peak bytes and FLOPs, of anything that can be called."""
+"""What a step costs: seconds, peak bytes, FLOPs and launches, of anything that can be called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 from torch._guards import detect_fake_mode
@@ -19,11 +20,12 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: median of one step, None under FakeTensorMode.  peak_bytes: see `peak_bytes`.  flops: of one step."""
+    """seconds: median of one step, None under FakeTensorMode.  peak_bytes, flops, launches: of one step, see the functions."""
 
     seconds: float | None
     peak_bytes: int
     flops: int
+    launches: int
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -65,6 +67,32 @@ class LiveBytes(TorchDispatchMode):
             self.live -= self._storages.pop(key)[1]
 
 
+class Launches(TorchDispatchMode):
+    """`n` counts operations that compute: those that return tensors, or write into some, and are neither views nor empty tensors.
+
+    On a GPU each is a kernel or a few, and where kernels are small it is their number that takes the time. One over a list of
+    tensors (foreach) counts once. Exact, and the same on every machine that takes the same path.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += _computes(function)
+        return function(*args, **(kwargs or {}))
+
+
+@lru_cache(maxsize=None)
+def _computes(function) -> bool:
+    returns = function._schema.returns
+    if not returns:
+        return True  # writes into its arguments
+    tensors = [r for r in returns if "Tensor" in str(r.type)]
+    is_view = all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return bool(tensors) and not is_view and "empty" not in function._schema.name
+
+
 def peak_bytes(step: Step, first: Step | None = None) -> int:
     """Largest number of bytes of tensors alive at once during `step`, those that exist before and that it uses counted in.
 
@@ -94,6 +122,13 @@ def flops(step: Step) -> int:
     return counter.get_total_flops()
 
 
+def launches(step: Step) -> int:
+    """Operations of `step` that compute, see `Launches`."""
+    with Launches() as counter:
+        step()
+    return counter.n
+
+
 def seconds(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
     """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them: quote ratios."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -106,27 +141,29 @@ def seconds(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> di
 
 
 def measure(step: Step, repeats: int = 10, warmup: int = 2) -> Cost:
-    """Seconds, peak bytes and FLOPs of one step of anything. The step is really run, `repeats + warmup + 3` times."""
+    """Seconds, peak bytes, FLOPs and launches of one step of anything. It is really run, `repeats + warmup + 4` times."""
     return compare({"step": step}, repeats, warmup)["step"]
 
 
 def compare(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> dict[str, Cost]:
     """The cost of several steps, side by side."""
-    exact = {name: (peak_bytes(step), flops(step)) for name, step in steps.items()}
+    exact = {name: (peak_bytes(step), flops(step), launches(step)) for name, step in steps.items()}
     fake = detect_fake_mode() is not None
     times = dict.fromkeys(steps) if fake else seconds(steps, repeats, warmup)
     return {name: Cost(times[name], *exact[name]) for name in steps}
 
 
 def by_architecture(costs: Mapping[str, Cost]) -> dict[str, dict]:
-    """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}}: what of the costs does not depend on the machine."""
+    """{method: {peak_bytes, flops, launches, and each over_plain}}: what of the costs does not depend on the machine."""
     plain = costs["plain"]
     return {
         method: {
             "peak_bytes": cost.peak_bytes,
             "flops": cost.flops,
+            "launches": cost.launches,
             "peak_over_plain": cost.peak_bytes / plain.peak_bytes,
             "flops_over_plain": cost.flops / plain.flops,
+            "launches_over_plain": cost.launches / plain.launches,
         }
         for method, cost in costs.items()
     }

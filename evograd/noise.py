@@ -33,14 +33,13 @@ _tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 def _signs_of_bytes(like: Tensor) -> Tensor:
     """(256, 8): the bits of each byte, as ±1."""
+    # A fake tensor belongs to its mode, and must not outlive it.
+    tables = vars(like.fake_mode).setdefault("_evograd_tables", {}) if isinstance(like, FakeTensor) else _tables
     key = (like.device, like.dtype)
-    if key in _tables and not isinstance(like, FakeTensor):
-        return _tables[key]
-    bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
-    table = bits.to(like.dtype).mul_(2).sub_(1)
-    if not isinstance(table, FakeTensor):  # which belongs to its mode
-        _tables[key] = table
-    return table
+    if key not in tables:
+        bits = torch.arange(256, device=like.device)[:, None] >> torch.arange(8, device=like.device) & 1
+        tables[key] = bits.to(like.dtype).mul_(2).sub_(1)
+    return tables[key]
 
 
 def normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,8 +152,6 @@ class SeededNoise:
         self.by_element = function in NOISES.values()
         self.seeds = draw_seeds((n_candidates, len(self.layout.buckets)), generator)
         self.generators = {b.like.device: torch.Generator(b.like.device) for b in self.layout.buckets}
-        # Alive as long as the noise is, under FakeTensorMode too.
-        self.tables = [_signs_of_bytes(b.like) for b in self.layout.buckets] if function is sign else []
         # Small noise is kept: to draw it again costs more than it takes.
         self.kept = {} if n_candidates * sum(b.size for b in self.layout.buckets) <= KEPT else None
 

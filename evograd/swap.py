@@ -9,6 +9,7 @@ from operator import is_
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
@@ -107,7 +108,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each, by one operation for each kind of number."""
     groups: dict[tuple, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        kind = tensor.dtype if type(tensor) is Tensor and tensor.dtype != torch.bool else i
+        kind = tensor.dtype if type(tensor) in (Tensor, FakeTensor) and tensor.dtype != torch.bool else i
         groups.setdefault((kind, tensor.device), []).append(i)
     result: list[Tensor] = [None] * len(tensors)
     for (kind, _), members in groups.items():

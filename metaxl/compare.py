@@ -113,11 +113,11 @@ def main(argv=None):
             methods = architecture_costs(size, length, args.batch_size, args.methods)
             architectures.append({**architecture, "methods": methods})
             print(f"\nXLM-R {size}, {args.batch_size} + {args.batch_size} sentences of {length} sub-words, by architecture")
-            print(f"{'':16}{'GFLOP':>10}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
+            print(f"{'':16}{'GFLOP':>10}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}{'launches/plain':>16}")
             for method, cost in methods.items():
                 print(
                     f"{method:16}{cost['flops'] / 1e9:10.1f}{cost['flops_over_plain']:13.3f}"
-                    f"{cost['peak_bytes'] / 1e6:10.1f}{cost['peak_over_plain']:12.3f}"
+                    f"{cost['peak_bytes'] / 1e6:10.1f}{cost['peak_over_plain']:12.3f}{cost['launches_over_plain']:16.2f}"
                 )
             if args.out:
                 append_run(args.out, "metaxl_architecture", architecture, methods, {}, args.device)

@@ -27,7 +27,7 @@ from evograd.lab.data import batches
 from evograd.lab.methods import MetaStep, baseline, learned, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything
-from evograd.measuring import flops, peak_bytes
+from evograd.measuring import flops, launches, peak_bytes
 
 from .data import DATASETS, Batch, Examples, download_wikiann, load
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
@@ -484,10 +484,8 @@ def run(args, processes):
         metrics |= describe(trainer, languages, start_of_lambda, last)
     args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
     step = lambda: trainer.step(next(data))
-    keeper.record(
-        metrics,
-        {"seconds_per_step": keeper.clock.seconds / n_steps, "peak_bytes": peak_bytes(step), "flops": flops(step)},
-    )
+    cost = {"peak_bytes": peak_bytes(step), "flops": flops(step), "launches": launches(step)}
+    keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps, **cost})
     result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {metrics['best_epoch']})"
     print(f"{what}: {result}, {keeper.clock.seconds:.0f} s")
 

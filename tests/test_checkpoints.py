@@ -83,8 +83,8 @@ def at_step(monkeypatch):
 
         monkeypatch.setattr(train.Trainer, "step", patched)
         # what a step costs, after the training
-        monkeypatch.setattr(train, "measure", lambda *args, **settings: Cost(0.0, 0, 0), raising=False)
-        for name in ("peak_bytes", "flops"):
+        monkeypatch.setattr(train, "measure", lambda *args, **settings: Cost(0.0, 0, 0, 0), raising=False)
+        for name in ("peak_bytes", "flops", "launches"):
             monkeypatch.setattr(train, name, lambda *args: 0, raising=False)
 
     original = {}

@@ -27,9 +27,9 @@ SETTINGS = {
     "normal": {"noise": "normal", "n_candidates": 64},
     "retain": {"strategy": "retain", "n_candidates": 6},
     "common": {"common_random_numbers": True, "inner_lr": 0.1},
-    "guided": {"noise": "guided", "n_candidates": 8},
-    "guided_retain": {"noise": "guided", "strategy": "retain", "n_candidates": 9},
-    "guided_sgd": {"noise": "guided", "lookahead": "sgd", "inner_lr": 0.1, "n_candidates": 8},
+    "guided": {"noise": "guided", "n_candidates": 8, "radius": 0.1},
+    "guided_retain": {"noise": "guided", "radius": 0.1, "strategy": "retain", "n_candidates": 9},
+    "guided_sgd": {"noise": "guided", "radius": 0.1, "lookahead": "sgd", "inner_lr": 0.1, "n_candidates": 8},
 }
 KINDS = ["mixed_shapes", "val_depends_directly", "hyperparameters_inside", "batchnorm"]
 OWN_SEEDS = ("sign", "common", "guided", "guided_sgd")

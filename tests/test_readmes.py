@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("evograd/*/README.md"))]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("evograd/*/README.md"))]
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"<!-- table:[\w-]+ -->.*?<!-- /table -->", re.DOTALL)
 EXPERIMENTS = ("rotation", "label_noise_mwn", "cross_domain_fewshot", "metaxl")

@@ -158,12 +158,12 @@ def test_missing_files_are_named(tmp_path, capsys):
 
 
 def test_committed_readmes_follow_from_committed_results():
-    """python -m evograd.lab.report --readme README.md */README.md was run after the last change of results."""
+    """python -m evograd.lab.report --readme README.md */README.md */*/README.md was run after the last change of results."""
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     runs, broken = read_runs(sorted(ROOT.glob("*/results/*.jsonl")))
     assert not broken
     built = tables.build_tables(spec, runs)
-    for readme in [ROOT / "README.md", *ROOT.glob("*/README.md")]:
+    for readme in [ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md")]:
         text = readme.read_text(encoding="utf-8")
         assert tables.update_markdown(text, built) == text, readme
 

@@ -63,7 +63,7 @@ def run(tmp_path, monkeypatch, capsys):
             return step(trainer, *args)
 
         monkeypatch.setattr(train.Trainer, "step", counted)
-        monkeypatch.setattr(train, "measure", lambda *args, **settings: Cost(0.0, 0, 0), raising=False)
+        monkeypatch.setattr(train, "measure", lambda *args, **settings: Cost(0.0, 0, 0, 0), raising=False)
         for name in ("peak_bytes", "flops"):
             monkeypatch.setattr(train, name, lambda *args: 0, raising=False)
         code = 0

@@ -124,26 +124,27 @@ def steps_of_all(rank, cases):
         return {case: three_steps(*case, several) for case in cases}
 
 
-WIDE = ("--sigma", "0.1", "--temperature", "0.2")  # at which rounding is small beside what the candidates differ by
+# At which rounding is small beside what the candidates differ by.
+WIDE, FAR = ("--sigma", "0.1", "--temperature", "0.2"), ("--radius", "0.02")
 FEW_SHOT = ("--lr", "1e-6", "--width", "8", "--n-query", "4", "--auxiliary-batch", "4")
 METAXL = ("--batch-size", "8")
 CASES = [
     ("rotation", "baseline", ()),
     ("rotation", "evograd", ("--share", "candidates", *WIDE)),
     ("rotation", "evograd", ("--share", "batch", "--n-candidates", "4", *WIDE)),
-    ("rotation", "evograd_guided", ()),
+    ("rotation", "evograd_guided", FAR),
     ("rotation", "mixed_mode", ()),
     ("rotation", "second_order", ()),
     ("label_noise_mwn", "cross_entropy", ()),
     ("label_noise_mwn", "evograd", ("--share", "candidates", *WIDE)),
     ("label_noise_mwn", "evograd", ("--share", "candidates", "--weight-input", "model", *WIDE)),
     ("label_noise_mwn", "evograd", ("--share", "batch", "--no-normalize-weights", *WIDE)),
-    ("label_noise_mwn", "evograd_guided", ()),
+    ("label_noise_mwn", "evograd_guided", FAR),
     ("label_noise_mwn", "mixed_mode", ()),
     ("label_noise_mwn", "finite_difference", ()),
     ("cross_domain_fewshot", "none", FEW_SHOT),
     ("cross_domain_fewshot", "evograd", ("--share", "batch", *FEW_SHOT, *WIDE)),
-    ("cross_domain_fewshot", "evograd_guided", FEW_SHOT),
+    ("cross_domain_fewshot", "evograd_guided", (*FEW_SHOT, *FAR)),
     ("cross_domain_fewshot", "mixed_mode", FEW_SHOT),
     ("cross_domain_fewshot", "second_order", FEW_SHOT),
     ("metaxl", "joint_training", (*METAXL, "--accumulate", "2")),
@@ -151,7 +152,7 @@ CASES = [
     ("metaxl", "evograd", ("--share", "batch", *METAXL, *WIDE)),
     ("metaxl", "evograd", ("--share", "candidates", *METAXL, *WIDE)),
     ("metaxl", "evograd", ("--share", "batch", "--perturb", "all", *METAXL, *WIDE)),
-    ("metaxl", "evograd_guided", METAXL),
+    ("metaxl", "evograd_guided", (*METAXL, *FAR)),
     ("metaxl", "mixed_mode", METAXL),
     ("metaxl", "second_order", METAXL),
 ]

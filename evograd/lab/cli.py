@@ -170,12 +170,14 @@ def finish_comparison(
     <experiment>_cost. further: other figures for the --json file.
     """
     plain = costs["plain"]
-    print(f"{'':16}{'seconds':>10}{'time/plain':>12}{'GFLOP':>9}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}")
+    heads = f"{'':16}{'seconds':>10}{'time/plain':>12}{'GFLOP':>9}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}"
+    print(f"{heads}{'launches':>10}{'launches/plain':>16}")
     for name, cost in costs.items():
         time = f"{'–':>10}{'–':>12}" if cost.seconds is None else f"{cost.seconds:10.4f}{cost.seconds / plain.seconds:12.2f}"
         print(
             f"{name:16}{time}{cost.flops / 1e9:9.2f}{cost.flops / plain.flops:13.2f}"
             f"{cost.peak_bytes / 1e6:10.1f}{cost.peak_bytes / plain.peak_bytes:12.2f}"
+            f"{cost.launches:10}{cost.launches / plain.launches:16.2f}"
         )
     figures = {name: cost.as_dict() for name, cost in costs.items()}
     if args.json:

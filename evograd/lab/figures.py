@@ -147,7 +147,7 @@ ESTIMATES = {
     "evograd_k50_common": ("EvoGrad, K = 50, common random numbers", "theory", "D"),
     "guided": ("guided, gradient at θ", "evograd_guided", "^"),
     "guided_sgd": ("guided, after an SGD step", "evograd_guided", "v"),
-    "guided_sgd_sigma_x0.1": ("guided, after an SGD step, σ / 10", "evograd_guided", "<"),
+    "guided_sgd_own_kinks": ("guided, after an SGD step, kinks not shared", "evograd_guided", "<"),
     "guided_made": ("guided, after the step made", "evograd_guided", "P"),
     "mixed_sgd": ("mixed mode, after an SGD step", "mixed_mode", "v"),
     "mixed_made": ("mixed mode, after the step made", "mixed_mode", "P"),

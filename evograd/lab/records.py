@@ -52,7 +52,7 @@ def environment(device: torch.device | str) -> dict:
 
 def step_cost(cost: Cost) -> dict:
     """What a record says of the cost of one step."""
-    return {"seconds_per_step": cost.seconds, "peak_bytes": cost.peak_bytes, "flops": cost.flops}
+    return {"seconds_per_step": cost.seconds, "peak_bytes": cost.peak_bytes, "flops": cost.flops, "launches": cost.launches}
 
 
 def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:

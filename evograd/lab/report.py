@@ -1,8 +1,8 @@
 """From result lines to what people read: one self-contained HTML page, and the Markdown tables of the README.
 
-    python -m evograd.lab.report                                   report/index.html from <experiment>/results/*.jsonl
-    python -m evograd.lab.report FILE.jsonl … --out page.html      from these files alone, without what they hold no run of
-    python -m evograd.lab.report --readme README.md */README.md    also rewrites the tables between <!-- table:NAME --> markers
+    python -m evograd.lab.report                                             report/index.html from <experiment>/results/*.jsonl
+    python -m evograd.lab.report FILE.jsonl … --out page.html                from these files alone, without what they hold no run of
+    python -m evograd.lab.report --readme README.md */README.md */*/README.md    also the tables between <!-- table:NAME --> markers
 
 What the tables hold, and the published numbers with their sources, is described in resources/paper_tables.json. Figures are
 the files <experiment>_*.png beside the result files.

@@ -128,14 +128,20 @@ def _quality_table(spec: dict, runs: list[dict], whole: bool) -> Table:
 
 
 def _cost_table(spec: dict, runs: list[dict]) -> Table:
-    """Time, FLOPs and peak of one step of every method, over those of the plain step measured beside it: the last run."""
-    header = ["Method", "time / plain", "FLOPs / plain", "peak / plain", "peak", "time / T1–T2", "peak / T1–T2"]
+    """What one step of every method takes, over what the plain step measured beside it takes: the last run.
+
+    Launches are there if they were counted.
+    """
+    measured = {"time": "seconds", "FLOPs": "flops", "peak": "peak_bytes"}
+    if runs and all("launches" in cost for cost in runs[-1]["metrics"].values()):
+        measured["launches"] = "launches"
+    header = ["Method", *(f"{name} / plain" for name in measured), "peak", "time / T1–T2", "peak / T1–T2"]
     rows, notes = [], [spec["note"]] if spec.get("note") else []
     if runs:
         methods = runs[-1]["metrics"]
         plain = methods["plain"]
         for method, cost in methods.items():
-            ratios = [f"{cost[key] / plain[key]:.2f}" for key in ("seconds", "flops", "peak_bytes")]
+            ratios = [f"{cost[key] / plain[key]:.2f}" for key in measured.values()]
             peak = f"{cost['peak_bytes'] / 1e6:.1f} MB"
             rows.append([spec["labels"].get(method, method), *ratios, peak, *_over_second_order(methods, method)])
         notes.append(f"One step measured side by side on: {runs[-1]['environment']['device']}.")
