@@ -12,6 +12,9 @@ from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
 
 
+ENGINES = ("functional", "higher")
+
+
 def unrolled(
     train_loss: Closure,
     val_loss: Closure,
@@ -21,45 +24,88 @@ def unrolled(
     inner_lr: float,
     n_steps: int = 1,
     parameters: Parameters = None,
+    engine: str = "functional",
 ) -> Hypergradient:
     """Differentiate ℓ_V(θ', λ) through `n_steps` SGD steps θ' = θ − η ∇_θ ℓ_T(θ, λ).
 
-    One step is T1–T2 (Luketina et al., ICML 2016).
+    One step is T1–T2 (Luketina et al., ICML 2016). The graph of the steps is kept and differentiated twice: about three times
+    the memory of a training step.
 
-    The graph of the steps is made with `higher` (Grefenstette et al., arXiv 1910.01727) and differentiated twice: about three
-    times the memory of a training step. The closures are called with a copy of the model made by `higher`.
+    Args:
+        engine: what makes the steps. "functional": the model itself holds the parameters of each step. "higher": the package of
+            that name (Grefenstette et al., arXiv 1910.01727), as in the authors' code: the closures are called with a copy of the
+            model, whose submodules alone (m.head(m.features(x))) keep the first step's parameters, which calls no hooks, and
+            which slices no ModuleList; closures must use the model that they are given.
 
-    Args, returns and errors as in `evograd.mixed_mode`; `candidate_losses` is ℓ_T(θ, λ) at the first step, of shape (1,).
+    The other arguments, returns and errors as in `evograd.mixed_mode`; `candidate_losses` is ℓ_T(θ, λ) at the first step, of
+    shape (1,).
     """
+    check_positive("inner_lr", inner_lr)
+    _check_count("n_steps", n_steps)
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    with problem.undisturbed():
+        first, val, grads = (_by_higher if engine == "higher" else _by_holding)(problem, inner_lr, n_steps)
+        return _result(problem.assemble([grads]), val, first.reshape(1))
+
+
+def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(ℓ_T at the first step, ℓ_V after the last, dℓ_V/dλ)"""
+    theta = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+    first = None
+    for _ in range(n_steps):
+        with problem.holding(theta):
+            loss = problem.evaluate(problem.train_loss)
+            first = loss.detach() if first is None else first
+            if loss.requires_grad:
+                grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
+                steps = zip(theta.items(), grads)
+                theta = {name: p if g is None else torch.add(p, g, alpha=-inner_lr) for (name, p), g in steps}
+    with problem.holding(theta):
+        val = problem.evaluate(problem.val_loss)
+        return first, val.detach(), partial(val, problem.hyperparameters)
+
+
+def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The same, made with `higher`."""
     try:
         import higher  # here, so that EvoGrad itself does not need it
     except ImportError as error:
         raise ImportError(
-            "baselines.unrolled makes its steps with the package higher, which is not installed: "
-            "pip install 'evograd-hypergradients[baselines]', or pip install higher"
+            "engine='higher' makes its steps with the package higher, which is not installed: "
+            "pip install 'evograd-hypergradients[baselines]', or pip install higher; engine='functional' needs none"
         ) from error
 
-    check_positive("inner_lr", inner_lr)
-    _check_count("n_steps", n_steps)
-    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    own = dict(model.named_parameters())
-    with problem.undisturbed():
-        optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
-        optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
+    model, train_loss, val_loss = problem.model, problem.train_loss, problem.val_loss
+    own = problem.own
+    optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
+    optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
+    modes = [(module, module.training) for module in model.modules()]
+    try:
         with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (functional, inner_optimizer):
             start = {**own, **problem.fixed, **{name: p.clone().requires_grad_() for name, p in problem.theta.items()}}
             functional.update_params([start[name] for name in own])
             first = None
             for _ in range(n_steps):
                 loss = problem.scalar(train_loss, train_loss(functional))
+                _set_modes(functional, modes)
                 first = loss.detach() if first is None else first
                 if loss.requires_grad:
                     inner_optimizer.step(loss)
                 # As in the other estimators, statistics that BatchNorm gathers on the way are thrown away.
                 higher.patch.buffer_sync(model, functional)
             val = problem.scalar(val_loss, val_loss(functional))
-            grads = problem.assemble([partial(val, problem.hyperparameters)])
-    return _result(grads, val.detach(), first.reshape(1))
+            return first, val.detach(), partial(val, problem.hyperparameters)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _set_modes(functional: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """A closure's modes are its own: the next one does not see them."""
+    for module, (_, mode) in zip(functional.modules(), modes):
+        module.training = mode
 
 
 def finite_difference(

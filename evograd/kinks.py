@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from .recomputation import recomputed_in
 
 
 class KinkMismatch(RuntimeError):
@@ -57,7 +56,8 @@ class Kinks:
         """Choices are taken as usual, and kept."""
         if self._recorded:
             raise RuntimeError("These Kinks hold a pass already: make a new Kinks() for each pair.")
-        with _checkpoints_find_their_place(), _Pass(self._choices, recording=True):
+        recorded = _Pass(self._choices, recording=True)
+        with recomputed_in(recorded.segment), recorded:
             yield
         self._recorded = True
 
@@ -71,7 +71,7 @@ class Kinks:
         if not self._recorded:
             raise RuntimeError("There is nothing to replay: no pass has been recorded to its end.")
         replayed = _Pass(self._choices, recording=False)
-        with _checkpoints_find_their_place(), replayed:
+        with recomputed_in(replayed.segment), replayed:
             yield
         if replayed.place < len(self._choices):
             raise replayed.mismatch("has ended")
@@ -147,6 +147,10 @@ class _Pass(TorchFunctionMode):
             "random draw depend on the parameters, or call with share_kinks=False."
         )
 
+    def segment(self) -> Callable[[], AbstractContextManager]:
+        """A checkpointed segment begins here: the context in which it is recomputed."""
+        return partial(self.back_at, self.place)
+
     @contextmanager
     def back_at(self, place: int) -> Iterator[None]:
         """A segment that began at `place` is recomputed; PyTorch turns modes off within backward()."""
@@ -161,52 +165,6 @@ class _Pass(TorchFunctionMode):
 
 def _described(name: str, shapes: list[tuple]) -> str:
     return f"{name} of shape {' and '.join(map(str, shapes))}"
-
-
-# Checkpointed segments. torch.utils.checkpoint looks these two up when it is called; a thread finds its own pass, or none.
-
-_blocks, _originals, _lock = 0, {}, threading.Lock()
-
-
-@contextmanager
-def _checkpoints_find_their_place() -> Iterator[None]:
-    global _blocks
-    module = torch.utils.checkpoint
-    generator = "_checkpoint_without_reentrant_generator"
-    generator += "_impl" if hasattr(module, generator + "_impl") else ""
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            saved, reentrant = getattr(module, generator), module.CheckpointFunction
-            _originals.update({generator: saved, "CheckpointFunction": reentrant})
-            setattr(module, generator, lambda function, *rest, **options: saved(_placed(function), *rest, **options))
-            apply = lambda function, *rest: reentrant.apply(_placed(function, runs=1), *rest)
-            module.CheckpointFunction = SimpleNamespace(apply=apply)
-    try:
-        yield
-    finally:
-        with _lock:
-            _blocks -= 1
-            if _blocks == 0:
-                for name, original in _originals.items():
-                    setattr(module, name, original)
-                _originals.clear()
-
-
-def _placed(function: Callable, runs: int = 0) -> Callable:
-    """`function`, which after its first `runs` calls starts where this thread's pass is now."""
-    current = next((mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Pass)), None)
-    if current is None:
-        return function
-    place = current.place
-
-    def segment(*args, **kwargs):
-        nonlocal runs
-        runs -= 1
-        with nullcontext() if runs >= 0 else current.back_at(place):
-            return function(*args, **kwargs)
-
-    return segment
 
 
 # One generator an operation. It yields a function that gives (choice, result of the operation itself), is sent the recorded

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
+from .recomputation import not_recomputed
 
 # torch.func.jvp scripts its own formulas at its first call, and warns of that.
 warnings.filterwarnings(
@@ -64,7 +65,7 @@ def mixed_mode(
                 return problem.evaluate(train_loss)
 
         # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
-        with problem.draws.replay(draws), PlainNormalization():
+        with problem.draws.replay(draws), PlainNormalization(), not_recomputed():
             try:
                 loss, slope = torch.func.jvp(loss_at, (problem.theta,), (gradient,))
             except NotImplementedError as error:

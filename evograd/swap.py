@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from .recomputation import recomputed_in
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
@@ -30,6 +32,7 @@ class Slots:
         self.originals: list[tuple[object, object, Tensor]] = []
         self.buffers: dict[int, Tensor] = {}
         self.written: set[int] = set()
+        self.block: object = None  # the innermost one that is open
         for prefix, module in model.named_modules():
             self.modules.append(module)
             for name, tensor in module._parameters.items():
@@ -71,17 +74,27 @@ class Slots:
         attributes = [(vars(module), dict(vars(module))) for module in self.modules]
         contents = [(container, container.copy()) for container in self.containers]
         plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain] if self.plain else ()
+        tensors, outer = list(tensors), self.block
+        self.block = block = object()
+
+        def segment():
+            """A checkpointed segment begins here: it is recomputed with these tensors, and in these modes."""
+            modes = [module.training for module in self.modules]
+            return lambda: nullcontext() if self.block is block else self._again(tensors, modes)
+
         try:
             if self.buffers:
                 own = list(self.buffers.values())
-                tensors = (*tensors, *zip(own, copies(own) if buffers is None else buffers))
-            for own, other in tensors:
+                tensors += zip(own, copies(own) if buffers is None else buffers)
+            for i, (own, other) in enumerate(tensors):
                 if id(own) in self.written:
-                    other = other.clone()
+                    tensors[i] = (own, other := other.clone())
                 for container, key in self.places[id(own)]:
                     container[key] = other
-            yield
+            with recomputed_in(segment):
+                yield
         finally:
+            self.block = outer
             for container, key, tensor in self.originals:
                 container[key] = tensor
             for now, before in attributes:
@@ -102,6 +115,20 @@ class Slots:
                     "candidate would see what another has left there. Make it a buffer (register_buffer), of which every candidate "
                     "gets a copy, or bind the attribute to a new tensor"
                 )
+
+
+    @contextmanager
+    def _again(self, tensors: list[tuple[Tensor, Tensor]], modes: list[bool]):
+        """The block of `holding` once more, after it has ended: for a segment that is recomputed there."""
+        before = [module.training for module in self.modules]
+        for module, mode in zip(self.modules, modes):
+            module.training = mode
+        try:
+            with self.holding(tensors, ()):
+                yield
+        finally:
+            for module, mode in zip(self.modules, before):
+                module.training = mode
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:

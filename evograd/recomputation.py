@@ -1,0 +1,102 @@
+"""Gradient checkpointing within an estimator: what is computed again in a backward pass is computed as it was the first time.
+
+torch.utils.checkpoint looks up two names of its own when it is called; while a block below is open they are others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import SimpleNamespace
+
+import torch.utils.checkpoint as checkpointing
+
+Start = Callable[[], Callable[[], AbstractContextManager]]
+
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_GENERATOR += "_impl" if hasattr(checkpointing, f"{_GENERATOR}_impl") else ""  # its name from torch 2.14 on
+_blocks, _originals, _lock = 0, {}, threading.Lock()
+
+
+class _OfThisThread(threading.local):
+    starts: tuple[Start, ...] = ()
+    plain = False
+
+
+_here = _OfThisThread()
+
+
+@contextmanager
+def recomputed_in(start: Start) -> Iterator[None]:
+    """Segments that are checkpointed within the block, by this thread, are computed again in the context that start() makes.
+
+    start() is called where a segment begins, and what it returned where it is computed again, in whatever thread. Segments of
+    the reentrant kind, which torch.autograd.grad refuses, are made such of the other kind.
+    """
+    before = _here.starts
+    _here.starts = (*before, start)
+    try:
+        with _patched():
+            yield
+    finally:
+        _here.starts = before
+
+
+@contextmanager
+def not_recomputed() -> Iterator[None]:
+    """Nothing is checkpointed within the block: graphs are kept, as forward mode needs them."""
+    before, _here.plain = _here.plain, True
+    try:
+        with _patched():
+            yield
+    finally:
+        _here.plain = before
+
+
+@contextmanager
+def _patched() -> Iterator[None]:
+    global _blocks
+    with _lock:
+        _blocks += 1
+        if _blocks == 1:
+            for name, other in ((_GENERATOR, _generator), ("CheckpointFunction", SimpleNamespace(apply=_reentrant))):
+                _originals[name] = getattr(checkpointing, name)
+                setattr(checkpointing, name, other)
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            if _blocks == 0:
+                for name, original in _originals.items():
+                    setattr(checkpointing, name, original)
+
+
+def _generator(function: Callable, *rest, **options):
+    if _here.plain:
+        return iter((None,))  # nothing before the segment, nothing after it
+    return _originals[_GENERATOR](_placed(function), *rest, **options)
+
+
+def _reentrant(function: Callable, preserve_rng_state: bool, *args):
+    if _here.plain:
+        return function(*args)
+    if not _here.starts:  # another thread's block
+        return _originals["CheckpointFunction"].apply(function, preserve_rng_state, *args)
+    return checkpointing.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+def _placed(function: Callable) -> Callable:
+    """`function`, which is called again only, in the contexts that belong to the place where the segment begins."""
+    contexts = [start() for start in _here.starts]
+    if not contexts:
+        return function
+
+    def again(*args, **kwargs):
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
+            return function(*args, **kwargs)
+
+    return again
