@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from .hypergradient import hypergradient
 from .noise import Layout
-from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
+from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, estimator, partial
 
 
 ENGINES = ("functional", "higher")
 
 
+@estimator
 def unrolled(
     train_loss: Closure,
     val_loss: Closure,
@@ -219,6 +221,7 @@ def conjugate_gradient(
     return _implicit(train_loss, val_loss, model, hyperparameters, parameters, solve)
 
 
+@estimator
 def _implicit(
     train_loss: Closure,
     val_loss: Closure,
@@ -265,7 +268,7 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from .distributed import Shares
 from .kinks import Kinks
 from .noise import NOISES, Layout, NoiseFunction, SeededNoise, draw_seeds
-from .problem import Closure, Hypergradient, Parameters, Problem, Vector, check_finite, check_positive, partial
+from .problem import Closure, Hypergradient, Parameters, Problem, Vector, check_finite, check_positive, estimator, partial
 
 STRATEGIES = ("stream", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
 
 
+@estimator
 def hypergradient(
     train_loss: Closure,
     val_loss: Closure,

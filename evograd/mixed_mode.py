@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .noise import Layout
-from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, partial
+from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, estimator, partial
 from .recomputation import not_recomputed
 
 # torch.func.jvp scripts its own formulas at its first call, and warns of that.
@@ -20,6 +20,7 @@ warnings.filterwarnings(
 )
 
 
+@estimator
 def mixed_mode(
     train_loss: Closure,
     val_loss: Closure,

@@ -98,7 +98,7 @@ class Bucket:
 
     def flat(self, tensors: Mapping[int, Tensor | None]) -> Tensor:
         """Tensors by their numbers, end to end; zeros where there is none, and between them."""
-        found = {i: t for i, t in tensors.items() if t is not None}
+        found = {i: t.to_dense() if t.is_sparse else t for i, t in tensors.items() if t is not None}
         if len(self.names) == 1 and found and found[0].stride() == self.places[0][1]:
             return found[0].as_strided((found[0].numel(),), (1,))  # large ones are not copied
         flat = self.zeros()

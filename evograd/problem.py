@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Real
 from typing import NamedTuple
 
@@ -38,6 +39,25 @@ class Hypergradient:
     val_loss: Tensor
     candidate_losses: Tensor
     weights: Tensor
+
+
+def estimator(function: Callable[..., Hypergradient]) -> Callable[..., Hypergradient]:
+    """Gradients are taken, whatever mode the caller is in: torch.no_grad, torch.inference_mode."""
+
+    @wraps(function)
+    def taken(*args, **settings) -> Hypergradient:
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                return function(*args, **settings)
+            except RuntimeError as error:
+                if "nference tensor" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "a loss uses tensors that were made in torch.inference_mode, and autograd cannot: clone() them outside of it, "
+                    "or make them under torch.no_grad"
+                ) from error
+
+    return taken
 
 
 class Problem:
@@ -88,6 +108,12 @@ class Problem:
             for name in chosen:
                 if id(own[name]) in hyper:
                     raise ValueError(f"parameters: {name!r} is a hyperparameter, and those are never perturbed")
+        for name, p in chosen.items():
+            if not p.is_floating_point() or p.layout is not torch.strided:
+                raise ValueError(
+                    f"parameters: {name!r} is {p.dtype}, {p.layout}; dense real numbers can be moved along a direction. Name the "
+                    "others with parameters=[…], and it is held fixed"
+                )
         theta = {name: p.detach() for name, p in chosen.items()}
         fixed = {name: p.detach() for name, p in own.items() if name not in theta and id(p) not in hyper}
         return theta, fixed
@@ -221,8 +247,7 @@ class Problem:
             for tensor, _, gradient in before:
                 if gradient is not None:
                     tensor.grad = None
-            with torch.enable_grad():
-                yield
+            yield
         finally:
             for tensor, requires_grad, gradient in before:
                 if tensor.requires_grad != requires_grad:

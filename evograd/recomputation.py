@@ -75,8 +75,13 @@ def _patched() -> Iterator[None]:
 
 def _generator(function: Callable, *rest, **options):
     if _here.plain:
-        return iter((None,))  # nothing before the segment, nothing after it
+        return _nothing()
     return _originals[_GENERATOR](_placed(function), *rest, **options)
+
+
+def _nothing():
+    """Before the segment, and after it."""
+    yield
 
 
 def _reentrant(function: Callable, preserve_rng_state: bool, *args):

@@ -15,6 +15,9 @@ class Caller:
     def __call__(self, *args):
         return functional_call(self.model, self.tensors, args)
 
+    def parameters(self):
+        return list(self.tensors.values())
+
     def eval(self):
         self.model.eval()
         return self

@@ -1,0 +1,485 @@
+"""Every estimator as a guest in somebody's model: what it may be, what is done in it, and that it is afterwards what it was."""
+
+import torch
+import torch.nn.functional as F
+import pytest
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrize import register_parametrization
+from torch.utils.checkpoint import checkpoint
+
+import evograd
+
+from .problems import N, D, C, Bilevel, Softplus, bilevel
+from .reference import evograd_reference
+from .test_hypergradient import relative_difference
+
+ETA = 0.3
+b = evograd.baselines
+ESTIMATORS = {
+    "stream": lambda *a, **k: evograd.hypergradient(*a, n_candidates=4, sigma=0.01, **k),
+    "retain": lambda *a, **k: evograd.hypergradient(*a, strategy="retain", **k),
+    "vmap": lambda *a, **k: evograd.hypergradient(*a, strategy="vmap", **k),
+    "guided": lambda *a, **k: evograd.hypergradient(*a, noise="guided", inner_lr=ETA, lookahead="sgd", **k),
+    "mixed_mode": lambda *a, **k: evograd.mixed_mode(*a, inner_lr=ETA, lookahead="sgd", **k),
+    "unrolled": lambda *a, **k: b.unrolled(*a, inner_lr=ETA, **k),
+    "higher": lambda *a, **k: b.unrolled(*a, inner_lr=ETA, engine="higher", **k),
+    "finite_difference": lambda *a, **k: b.finite_difference(*a, inner_lr=ETA, radius=1e-4, **k),
+    "neumann": lambda *a, **k: b.neumann(*a, inner_lr=ETA, **k),
+    "conjugate_gradient": lambda *a, **k: b.conjugate_gradient(*a, **k),
+}
+EXACT = ("guided", "mixed_mode", "unrolled", "finite_difference")  # T1–T2, through one SGD step of ETA
+
+
+class Twice(nn.Module):
+    """A module under two names; with `tied` one of its parameters under a third."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.seq, self.head = nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.Linear(D, C)
+        self.also = self.seq
+        self.bias = self.seq[0].bias if tied else None
+
+    def forward(self, x):
+        return self.head(self.also(x) + (0 if self.bias is None else self.bias))
+
+
+class Sibling(nn.Module):
+    """A child that is also its sibling's child."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+        self.outer = nn.Sequential(self.inner, nn.Tanh())
+        self.head = nn.Linear(D, C)
+
+    def forward(self, x):
+        return self.head(self.outer(self.inner(x)))
+
+
+class InContainers(nn.Module):
+    """Parameters that the module reaches by a list and a dict of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(D, D), nn.Linear(D, C)
+        self.weights, self.named = [self.a.weight], {"bias": self.a.bias}
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(x, self.weights[0], self.named["bias"])))
+
+
+def parametrized():
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C))
+    register_parametrization(model[0], "weight", Softplus())
+    return model
+
+
+MODELS = {
+    "twice": lambda: Twice(False),
+    "twice_tied": lambda: Twice(True),
+    "sibling": Sibling,
+    "containers": InContainers,
+    "parametrized": parametrized,
+    "spectral_norm": lambda: nn.Sequential(spectral_norm(nn.Linear(D, D)), nn.Tanh(), nn.Linear(D, C)),
+    "by_hooks": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(D, D)), nn.Tanh(), nn.Linear(D, C)),
+}
+
+
+def problem_of(model, where="inputs"):
+    torch.manual_seed(1)
+    x, x_val, y, y_val = torch.randn(N, D), torch.randn(N, D), torch.randint(C, (N,)), torch.randint(C, (N,))
+    lam = torch.rand(D if where == "inputs" else N, requires_grad=True)
+
+    def train_loss(m):
+        if where == "inputs":
+            return F.cross_entropy(m(x * lam), y)
+        return (lam * F.cross_entropy(m(x), y, reduction="none")).mean()
+
+    return Bilevel(model, [lam], train_loss, lambda m: F.cross_entropy(m(x_val), y_val))
+
+
+def objects(model):
+    """Every parameter, buffer and attribute of every module, by object."""
+    found = []
+    for module in model.modules():
+        for place in (module._parameters, module._buffers, {k: v for k, v in vars(module).items()}):
+            found += [(id(module), name, id(value)) for name, value in place.items()]
+        found += [(id(module), name, [id(v) for v in value]) for name, value in vars(module).items() if type(value) is list]
+    return found
+
+
+def t1_t2(problem, forward):
+    """By double backward, with `forward` in place of the model: a function of {name: tensor} and the input."""
+    own = {n: p.detach().clone().requires_grad_() for n, p in problem.model.named_parameters()}
+    call = lambda tensors: lambda x: forward(tensors, x)
+    grads = torch.autograd.grad(problem.train_loss(call(own)), list(own.values()), create_graph=True)
+    moved = {n: p - ETA * g for (n, p), g in zip(own.items(), grads)}
+    return torch.autograd.grad(problem.val_loss(call(moved)), problem.hyperparameters)
+
+
+NOT_TAKEN = {  # and why
+    ("vmap", "spectral_norm"), ("vmap", "by_hooks"),  # in place on what is not batched; no batching rule
+    ("mixed_mode", "spectral_norm"), ("mixed_mode", "by_hooks"),  # no forward-mode formula
+    ("higher", "twice"), ("higher", "twice_tied"), ("higher", "sibling"), ("higher", "containers"),  # copies know one name
+    ("higher", "parametrized"), ("higher", "spectral_norm"), ("higher", "by_hooks"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_object_is_afterwards_the_one_it_was(kind, estimator, fails, float64):
+    problem = problem_of(MODELS[kind]())
+    problem.train_loss(problem.model)  # what a first call makes
+    before, values = objects(problem.model), [p.detach().clone() for p in problem.model.parameters()]
+
+    def val_loss(m):
+        value = problem.val_loss(m)
+        if fails:
+            m.train(not m.training)
+            m.left_behind = value
+            raise KeyError("a mistake")
+        return value
+
+    args = (problem.train_loss, val_loss, problem.model, problem.hyperparameters)
+    if fails or (estimator, kind) in NOT_TAKEN:
+        with pytest.raises(KeyError) if (estimator, kind) not in NOT_TAKEN else _anything():
+            ESTIMATORS[estimator](*args)
+    else:
+        ESTIMATORS[estimator](*args)
+    assert objects(problem.model) == before
+    assert all(map(torch.equal, problem.model.parameters(), values))
+    assert all(isinstance(p, nn.Parameter) for m in problem.model.modules() for p in m._parameters.values() if p is not None)
+
+
+class _anything:
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, *rest):
+        return kind is not None and issubclass(kind, Exception)
+
+
+def linear(t, name, x):
+    return F.linear(x, t[f"{name}.weight"], t[f"{name}.bias"])
+
+
+BY_HAND = {  # without any module
+    "twice": lambda t, x: linear(t, "head", torch.tanh(linear(t, "seq.0", x))),
+    "twice_tied": lambda t, x: linear(t, "head", torch.tanh(linear(t, "seq.0", x)) + t["seq.0.bias"]),
+    "sibling": lambda t, x: linear(t, "head", torch.tanh(linear(t, "inner", linear(t, "inner", x)))),
+    "containers": lambda t, x: linear(t, "head", torch.tanh(linear(t, "a", x))),
+}
+
+
+@pytest.mark.parametrize("estimator", EXACT)
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_shared_modules_give_the_value_of_plain_autograd(kind, estimator, float64):
+    """The first estimate, and the one after it."""
+    problem = problem_of(MODELS[kind]())
+    every = dict(problem.model.named_parameters(remove_duplicate=False))
+    first = {id(p): n for n, p in problem.model.named_parameters()}
+    forward = lambda tensors, x: BY_HAND[kind]({n: tensors[first[id(p)]] for n, p in every.items()}, x)
+
+    expected = t1_t2(problem, forward)
+    for _ in range(2):
+        found = ESTIMATORS[estimator](*problem.args()).grads
+        assert relative_difference(found, expected) < (1e-10 if estimator in ("mixed_mode", "unrolled") else 1e-4)
+
+
+def test_training_goes_on_after_a_call():
+    problem = problem_of(Twice(False))
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.5)
+    first = problem.train_loss(problem.model).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        problem.train_loss(problem.model).backward(inputs=list(problem.model.parameters()))
+        optimizer.step()
+        evograd.hypergradient(*problem.args())
+    assert problem.train_loss(problem.model).item() < 0.5 * first
+
+
+# --- work that is done in the backward pass ----------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+        self.norm, self.head, self.reentrant = nn.BatchNorm1d(D), nn.Linear(D, C), reentrant
+
+    def forward(self, x):
+        for block in self.blocks:
+            run = lambda x, block=block: torch.relu(self.norm(block(x)))
+            x = run(x) if self.reentrant is None else checkpoint(run, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("where", ["inputs", "losses"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("higher", "vmap")])
+def test_gradient_checkpointing_changes_nothing(estimator, reentrant, where, float64):
+    found = []
+    for kind in (None, reentrant):
+        torch.manual_seed(0)
+        problem = problem_of(Checkpointed(kind), where)
+        torch.manual_seed(3)
+        found.append(ESTIMATORS[estimator](*problem.args()))
+    assert relative_difference(found[1].grads, found[0].grads) < 1e-12
+    torch.testing.assert_close(found[1].candidate_losses, found[0].candidate_losses, rtol=1e-13, atol=0)
+
+
+def test_offloaded_activations_change_nothing(float64):
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        problem = problem_of(Checkpointed(None))
+
+        def train_loss(m, problem=problem, offload=offload):
+            with torch.autograd.graph.save_on_cpu() if offload else torch.enable_grad():
+                return problem.train_loss(m)
+
+        for estimator in ("stream", "retain", "guided", "unrolled"):
+            torch.manual_seed(3)
+            found.append(ESTIMATORS[estimator](train_loss, *problem.args()[1:]).grads)
+    for plain, offloaded in zip(found[:4], found[4:]):
+        assert relative_difference(offloaded, plain) < 1e-12
+
+
+# --- state that is neither parameter nor buffer ------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Truncated backpropagation through time, with a counter, a cache and a log of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.RNNCell(D, 6), nn.Linear(6, C)
+        self.state, self.calls, self.seen, self.cache = torch.zeros(N, 6), 0, [], {}
+        self.steps, self.tensors = torch.zeros(()), [torch.zeros(3)]
+
+    def forward(self, x):
+        state = self.cell(x, self.state + 0.1 * self.calls + 0.1 * len(self.seen) + self.steps + self.cache.get("last", 0))
+        self.state = state.detach()
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.cache["last"] = 0.3
+        self.steps += 0.1  # in place
+        return self.head(state)
+
+
+class Fresh(nn.Module):
+    """The same model, in whose every call all is as at first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.cell, self.head = model.cell, model.head
+
+    def forward(self, x):
+        return self.head(self.cell(x, torch.zeros(N, 6)))
+
+
+@pytest.mark.parametrize("estimator", ["stream", "retain", "guided", "unrolled", "finite_difference", "neumann"])
+def test_candidates_do_not_see_what_others_left_behind(estimator, float64):
+    torch.manual_seed(0)
+    model = Stateful()
+    found = []
+    for m in (model, Fresh(model)):
+        problem = problem_of(m, "losses")
+        torch.manual_seed(3)
+        found.append(ESTIMATORS[estimator](*problem.args()).grads)
+    assert relative_difference(*found) < 1e-12
+    assert torch.equal(model.state, torch.zeros(N, 6)) and model.calls == 0 and model.seen == [] and model.cache == {}
+    assert model.steps.item() == 0
+
+
+def test_a_large_tensor_that_is_written_into_is_named():
+    class Log(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.log = nn.Linear(D, C), torch.zeros(100_000)
+
+        def forward(self, x):
+            self.log += 1
+            return self.head(x)
+
+    problem = problem_of(Log())
+    with pytest.raises(RuntimeError, match=r"Log.log, a tensor of shape \(100000,\), was written into.*register_buffer"):
+        evograd.hypergradient(*problem.args())
+
+
+def test_embeddings_that_renormalise_themselves_are_left_alone(float64):
+    class Bag(nn.Module):
+        def __init__(self, max_norm):
+            super().__init__()
+            self.e, self.head = nn.Embedding(11, 4, max_norm=max_norm), nn.Linear(4, C)
+
+        def forward(self, i):
+            return self.head(torch.tanh(self.e(i).mean(1)))
+
+    torch.manual_seed(0)
+    model, i, i_val = Bag(1.0), torch.randint(11, (N, 3)), torch.randint(11, (N, 3))
+    y, lam = torch.randint(C, (N,)), torch.rand(N, requires_grad=True)
+    before = model.e.weight.detach().clone()
+    args = ((lambda m: (lam * F.cross_entropy(m(i), y, reduction="none")).mean()), lambda m: F.cross_entropy(m(i_val), y))
+    for name in ("stream", "retain", "guided", "mixed_mode", "unrolled", "finite_difference", "neumann"):
+        try:
+            ESTIMATORS[name](*args, model, [lam])
+        except NotImplementedError:
+            assert name == "mixed_mode"
+        assert torch.equal(model.e.weight, before), name
+
+
+def test_a_loss_that_writes_into_parameters_is_an_error():
+    problem = problem_of(nn.Linear(D, C))
+
+    def train_loss(m):
+        with torch.no_grad():
+            own.clamp_(-0.1, 0.1)
+        return problem.train_loss(m)
+
+    own = problem.model.weight
+    with pytest.raises(RuntimeError, match="a loss has written into the model's parameters 'weight'"):
+        evograd.hypergradient(train_loss, *problem.args()[1:])
+
+
+# --- parameters, gradients, modes --------------------------------------------------------------------------------------
+
+
+def test_sparse_gradients(float64):
+    def model(sparse):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(11, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, C))
+
+    i, y, lam = torch.randint(11, (N, 3)), torch.randint(C, (N,)), torch.rand(N, requires_grad=True)
+    args = ((lambda m: (lam * F.cross_entropy(m(i), y, reduction="none")).mean()), lambda m: F.cross_entropy(m(i), y))
+    for name in ("stream", "retain", "guided", "mixed_mode", "unrolled", "finite_difference"):
+        found = []
+        for sparse in (False, True):
+            torch.manual_seed(2)
+            found.append(ESTIMATORS[name](*args, model(sparse), [lam]).grads)
+        assert relative_difference(*found) < 1e-10, name
+
+
+def test_complex_parameters_are_named():
+    model = nn.Linear(D, C)
+    model.register_parameter("phase", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
+    problem = problem_of(model)
+    with pytest.raises(ValueError, match=r"'phase' is torch.complex64.*parameters=\["):
+        evograd.hypergradient(*problem.args())
+    evograd.hypergradient(*problem.args(), parameters=["weight", "bias"])
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "higher"])
+def test_called_in_inference_mode(estimator, float64):
+    problem = bilevel("mlp")
+    found = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(3)
+        with mode():
+            found.append(ESTIMATORS[estimator](*problem.args()).grads)
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][0], found[2][0])
+
+
+def test_tensors_of_inference_mode_are_named():
+    with torch.inference_mode():
+        problem = problem_of(nn.Linear(D, C))
+        lam = problem.hyperparameters
+    with pytest.raises((RuntimeError, ValueError), match="inference_mode|requires_grad"):
+        evograd.hypergradient(problem.train_loss, problem.val_loss, problem.model, lam)
+
+
+# --- losses that take gradients themselves, and closures over the model -------------------------------------------------
+
+
+def sharpness(plain):
+    def val_loss(m):
+        value = plain(m)
+        grads = torch.autograd.grad(value, [p for p in m.parameters() if p.requires_grad], create_graph=True)
+        return value + sum(g.square().sum() for g in grads)
+
+    return val_loss
+
+
+@pytest.mark.parametrize("strategy", ["stream", "retain", "vmap"])
+def test_a_validation_loss_with_gradients_of_its_own(strategy, float64):
+    problem = bilevel("mlp")
+    problem.val_loss = sharpness(problem.val_loss)
+    settings = dict(n_candidates=3, sigma=0.1, temperature=0.2)
+    torch.manual_seed(3)
+    expected = evograd_reference(problem, **settings)
+    torch.manual_seed(3)
+    result = evograd.hypergradient(*problem.args(), strategy=strategy, **settings)
+    assert relative_difference(result.grads, expected) < 1e-10
+
+
+def test_exact_estimators_agree_on_losses_with_gradients_of_their_own(float64):
+    problem = bilevel("mlp")
+    problem.val_loss = sharpness(problem.val_loss)
+    exact = ESTIMATORS["unrolled"](*problem.args())
+    for name, precision in (("mixed_mode", 1e-10), ("guided", 1e-6), ("finite_difference", 1e-5)):
+        result = ESTIMATORS[name](*problem.args())
+        assert relative_difference(result.grads, exact.grads) < precision
+        torch.testing.assert_close(result.val_loss, exact.val_loss)
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name != "higher"])
+def test_closures_may_call_the_model_itself(estimator, float64):
+    problem = bilevel("batchnorm")
+    model = problem.model
+    found = []
+    for args in (problem.args(), (lambda m: problem.train_loss(model), lambda m: problem.val_loss(model), *problem.args()[2:])):
+        torch.manual_seed(3)
+        found.append(ESTIMATORS[estimator](*args).grads)
+    assert torch.equal(found[0][0], found[1][0])
+
+
+# --- T1–T2's two engines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "batchnorm", "tied", "lstm", "mixed_shapes", "head_only", "hyperparameters_inside"])
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_engines_agree_where_both_can(kind, n_steps):
+    problem = bilevel(kind)
+    settings = dict(inner_lr=ETA, n_steps=n_steps, parameters=problem.parameters)
+    own, other = (b.unrolled(*problem.args(), engine=engine, **settings) for engine in b.ENGINES)
+    assert relative_difference(own.grads, other.grads) < 1e-10
+    torch.testing.assert_close(own.val_loss, other.val_loss, rtol=1e-12, atol=0)
+
+
+def test_what_higher_does_not_do_the_model_itself_does(float64):
+    """Submodules in a closure, hooks, slices of a ModuleList: against mixed mode."""
+
+    class Slices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(nn.Linear(D, D) for _ in range(3)), nn.Linear(D, C)
+
+        def features(self, x):
+            for layer in self.layers[:2]:
+                x = torch.tanh(layer(x))
+            return x
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    model = Slices()
+    model.layers[0].register_forward_hook(lambda m, i, o: 2 * o)
+    model.head.register_forward_pre_hook(lambda m, i: (i[0] + 1,))
+    problem = problem_of(model)
+    x, y, lam = torch.randn(N, D), torch.randint(C, (N,)), torch.rand(D, requires_grad=True)
+    train_loss = lambda m: F.cross_entropy(m.head(m.features(x * lam)), y)
+    exact = b.unrolled(train_loss, problem.val_loss, model, [lam], inner_lr=ETA).grads
+    mixed = evograd.mixed_mode(train_loss, problem.val_loss, model, [lam], inner_lr=ETA, lookahead="sgd").grads
+    assert relative_difference(exact, mixed) < 1e-12
+
+
+def test_an_unknown_engine_and_a_missing_package(monkeypatch):
+    args = bilevel("mlp").args()
+    with pytest.raises(ValueError, match="engine='torch' is unknown; accepted are 'functional', 'higher'"):
+        b.unrolled(*args, inner_lr=0.1, engine="torch")
+    monkeypatch.setitem(__import__("sys").modules, "higher", None)
+    with pytest.raises(ImportError, match=r"pip install 'evograd-hypergradients\[baselines\]'"):
+        b.unrolled(*args, inner_lr=0.1, engine="higher")
+    b.unrolled(*args, inner_lr=0.1)
