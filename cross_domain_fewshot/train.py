@@ -36,6 +36,7 @@ METHODS = table(
     learned("evograd_guided", around="step", inner_lr=1e-3),
     learned("mixed_mode", around="step", inner_lr=1e-3),
     learned("second_order", around="before", inner_lr=1e-3),
+    learned("second_order_functional", around="before", inner_lr=1e-3),
     learned("finite_difference", around="step", inner_lr=1e-3),
     learned("neumann", inner_lr=1e-3),
     learned("conjugate_gradient"),

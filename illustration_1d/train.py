@@ -5,8 +5,9 @@
     training loss    ℓ_T(x, λ) = (x − 1)² + λ x²       so that x*(λ) = 1 / (1 + λ)
     validation loss  ℓ_V(x) = (x − 0.5)²               so that dℓ_V(x*(λ))/dλ = (λ − 1) / (λ + 1)³
 
-Everything is vectorised: one array holds all values of λ, all draws and all K candidates, and the two functions of the
-library that hold softmax and chain rule are applied along its first dimension.
+The first figure is vectorised: one array holds all values of λ, all draws and all K candidates, and the two functions of the
+library that hold softmax and chain rule are applied along its first dimension. The second is made as anybody would: by the
+library's step, in a loop, with all candidates in one batched pass.
 """
 
 import argparse
@@ -14,9 +15,11 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import nn
 
-from evograd.lab import cli
+from evograd import hypergradient
 from evograd.hypergradient import candidate_weights, loss_coefficients
+from evograd.lab import cli
 from evograd.lab.records import append_run, seed_everything
 
 from .figures import plot_hypergradients, plot_trajectories
@@ -49,6 +52,26 @@ def evograd_hypergradient(x, lam, n_candidates):
     merged = (weights * candidates).sum(0)  # 4. combine
     slopes = 2 * (merged - 0.5) * SIGMA * epsilon  # s_k = dℓ_V/dx* (x_k − x)
     return (loss_coefficients(weights, slopes, TEMPERATURE) * candidates**2).sum(0)  # Σ_k c_k ∂ℓ_k/∂λ
+
+
+class Point(nn.Module):
+    """A model of one parameter."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = nn.Parameter(x.clone())
+
+
+def library_hypergradient(x, lam, n_candidates):
+    """The same at each (x, λ), by the library."""
+    grads = []
+    for x_i, lam_i in zip(x, lam):
+        lam_i = lam_i.clone().requires_grad_()
+        train_loss = lambda model: (model.x - 1) ** 2 + lam_i * model.x**2
+        val_loss = lambda model: (model.x - 0.5) ** 2
+        settings = dict(n_candidates=n_candidates, sigma=SIGMA, temperature=TEMPERATURE, noise="normal", strategy="vmap")
+        grads += hypergradient(train_loss, val_loss, Point(x_i), [lam_i], **settings).grads
+    return torch.stack(grads)
 
 
 def theory(x, lam):
@@ -92,7 +115,7 @@ def main(argv=None):
     estimates = {k: evograd_hypergradient(torch.randn(lam.shape), lam, k) for k in CANDIDATES}
     at_optimum = {k: evograd_hypergradient(optimum(lam), lam, k) for k in CANDIDATES}
     # Figure 2.
-    trajectories = {k: trajectory(lambda x, lam, k=k: evograd_hypergradient(x, lam, k)) for k in CANDIDATES}
+    trajectories = {k: trajectory(lambda x, lam, k=k: library_hypergradient(x, lam, k)) for k in CANDIDATES}
     true_trajectory = trajectory(lambda x, lam: true_hypergradient(lam))
     seconds = perf_counter() - start
 

@@ -39,6 +39,7 @@ METHODS = table(
     learned("evograd_guided", around="step", holds="weight_input", weight_input="model"),
     learned("mixed_mode", around="step", weight_input="model"),
     learned("second_order", weight_input="model"),
+    learned("second_order_functional", weight_input="model"),
     learned("finite_difference", around="step", holds="weight_input", weight_input="model"),
     learned("neumann", weight_input="model"),
     learned("conjugate_gradient", weight_input="model"),

@@ -43,6 +43,7 @@ METHODS = table(
     learned("evograd_guided", around="step", holds="rtn_input", inner_lr=0.1, perturb="all", rtn_input="model"),
     learned("mixed_mode", around="step", inner_lr=0.1, perturb="all"),
     learned("second_order", perturb="all"),
+    learned("second_order_functional", perturb="all"),
     learned("finite_difference", around="step", holds="rtn_input", inner_lr=0.1, perturb="all", rtn_input="model"),
     learned("neumann", perturb="all"),
     learned("conjugate_gradient", perturb="all"),
@@ -98,7 +99,7 @@ def parse_args(argv=None):
     for flag, n in {"--batch-size": args.batch_size, "--target-size": args.target_size}.items():
         if n // (2 if learns else 1) < (args.processes or 1):
             parser.error(f"{flag} {n} is too small for {args.processes} processes: each needs a sentence of every part")
-    if args.method in ("second_order", "neumann"):
+    if args.method in ("second_order", "second_order_functional", "neumann"):
         args.inner_lr = args.inner_lr or args.lr
     args.out = args.out or f"metaxl/results/{args.data}.jsonl"
     return args

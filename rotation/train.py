@@ -33,6 +33,7 @@ METHODS = table(
     learned("evograd_guided", around="step", inner_lr=0.1),
     learned("mixed_mode", around="step", inner_lr=0.1),
     learned("second_order", inner_lr=1e-3),
+    learned("second_order_functional", inner_lr=1e-3),
     learned("finite_difference", around="step", inner_lr=0.1),
     learned("neumann", inner_lr=1e-3),
     learned("conjugate_gradient"),

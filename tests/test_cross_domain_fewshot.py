@@ -282,7 +282,7 @@ def test_same_seed_same_run(tmp_path):
 def test_hypergradients_see_the_draws_of_the_update(tmp_path):
     """Guided candidates, mixed mode and T1-T2 take the training loss with the noise of the model's own update."""
     around = {m.name: m.around for m in train.METHODS.values() if m.around}
-    assert list(around) == ["evograd_guided", "mixed_mode", "second_order", "finite_difference"]
+    assert list(around) == ["evograd_guided", "mixed_mode", "second_order", "second_order_functional", "finite_difference"]
     for method in around:
         args = train.parse_args(["--method", method, *TINY, "--out", str(tmp_path / "runs.jsonl")])
         trainer = train.Trainer(args, 4)

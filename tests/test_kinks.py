@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from evograd.kinks import KinkMismatch, Kinks
 
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)  # ties and compiled regions are otherwise there
+
 RADIUS = 1e-6
 
 
@@ -138,8 +140,7 @@ OPERATIONS = {
             torch.amax,
             lambda z: z.amax(1),
             lambda z: z.amin((0, -1), keepdim=True),
-            lambda z: both(torch.aminmax(z)),
-            lambda z: both(z.aminmax(dim=1)),
+            *([] if OLD else [lambda z: both(torch.aminmax(z)), lambda z: both(z.aminmax(dim=1))]),  # no derivative
         ],
     ),
     "argmax": (
@@ -360,7 +361,7 @@ def test_kinks_without_a_double_backward(name):
     assert error((net.gradient(1.0) - net.gradient(-1.0)) / (2 * RADIUS), exact) > 10, "no kink is crossed"
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.3])
+@pytest.mark.parametrize("offset", [pytest.param(0.0, marks=pytest.mark.skipif(OLD, reason="a tie")), 0.3])
 @pytest.mark.parametrize(("place", "form"), [*CASES, *(pytest.param(*IN_OTHER_WORDS[k][:2], id=k) for k in IN_OTHER_WORDS)])
 def test_at_the_same_point_nothing_changes(place, form, offset):
     """With offset 0 on the kinks and ties themselves, where the recorded side has to be the one that PyTorch takes."""
@@ -804,6 +805,7 @@ def test_the_tape_goes_with_the_object():
 # Other modes
 
 
+@pytest.mark.skipif(OLD, reason="older compilers trace modes")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo itself looks there
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_region_is_right_and_compiled_once(backend):

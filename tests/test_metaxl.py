@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaMode
 
 import evograd
 from evograd.comparison import agreement
+from evograd.lab.methods import MAIN
 from metaxl import compare, data, plot, train
 from metaxl.data import Batch, Examples, Sentence, toy_language
 from metaxl.models import RTN, Tagger, longest, tiny_encoder
@@ -512,7 +513,7 @@ def test_compare_prints_and_writes(tmp_path, capsys, monkeypatch):
     compare.main([*flags, "--json", str(tmp_path / "cost.json"), "--out", str(tmp_path / "runs.jsonl")])
     printed = capsys.readouterr().out
     cost = json.loads((tmp_path / "cost.json").read_text())
-    assert list(cost["methods"]) == ["plain", "evograd", "evograd_guided", "mixed_mode", "second_order"]
+    assert list(cost["methods"]) == ["plain", *MAIN]
     assert all(name in printed for name in cost["methods"])
     assert (
         cost["methods"]["evograd"]["flops"] < cost["methods"]["mixed_mode"]["flops"] < cost["methods"]["second_order"]["flops"]

@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+from evograd.lab.methods import MAIN
 from rotation import compare, data, plot, train
 from rotation.data import FILES, check_mnist, load, rotate
 
@@ -127,7 +128,7 @@ def test_compare_prints_and_writes(tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     methods = json.loads((tmp_path / "cost.json").read_text())["methods"]
-    assert list(methods) == ["plain", "evograd", "evograd_guided", "mixed_mode", "second_order"]
+    assert list(methods) == ["plain", *MAIN]
     assert all(name in printed for name in methods)
     assert methods["plain"]["flops"] < methods["evograd"]["flops"] < methods["second_order"]["flops"]
     assert methods["evograd"]["peak_bytes"] < methods["second_order"]["peak_bytes"]
