@@ -275,7 +275,9 @@ class _Guided:
 
     def coefficients(self, weights: Tensor, inner_lr: float) -> Tensor:
         """∓ η ‖G‖ / 2r, averaged over the pairs: what c_k tends to, at the scale of `inner_lr`."""
-        signs = weights.new_tensor([-self.amplitude(k) for k in range(self.n_candidates)])
+        signs = torch.arange(self.n_candidates, device=weights.device, dtype=weights.dtype).remainder_(2).mul_(2).sub_(1)
+        if self.n_candidates % 2:
+            signs[-1:].zero_()
         return signs * (inner_lr * self.norm / (2 * self.radius * (self.n_candidates // 2))).to(weights)
 
 

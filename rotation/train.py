@@ -68,14 +68,15 @@ class Trainer:
         self.angle = torch.zeros((), device=args.device, requires_grad=True)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
         self.meta_optimizer = torch.optim.Adam([self.angle], lr=args.angle_lr)
-        self.random = torch.Generator().manual_seed(args.seed)  # its own: every method sees the same batches
+        # Its own, on the device: every method sees the same batches, and no index has to be sent there.
+        self.random = torch.Generator(args.device).manual_seed(args.seed)
         self.train_batches = batches(len(train), args.batch_size, self.random)
         self.val_batches = batches(len(val), args.batch_size, self.random)
 
     def batch(self):
         """Training images and labels, and which validation images: (what this process trains on, what its estimator sees)."""
         x, y = self.train.batch(next(self.train_batches))
-        return self.processes.divide((x, y, next(self.val_batches).to(y.device)), self.args.share)
+        return self.processes.divide((x, y, next(self.val_batches)), self.args.share)
 
     def losses(self, x, y, val_index):
         """(ℓ_T, ℓ_V) as functions of the model."""
