@@ -1,0 +1,532 @@
+"""Forward mode under reverse mode, exact: PyTorch's formulas where they are right, others in place of them, or a refusal.
+
+What torch.func.jvp makes is differentiated in reverse mode by λ. That is right where each formula of forward mode is made of
+differentiable operations on its inputs, and some are not: ROWS lists them. `Replacing` sees Python's names of the operations
+(torch.det, Tensor.det, torch.linalg.det), and computes them otherwise. What has got past it (in TorchScript, by other names)
+has left its node in the graph to λ, and is refused by that.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+def directional(function: Callable, primals: dict[str, Tensor], tangents: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(function(primals), its derivative along the tangents), to be differentiated further in reverse mode."""
+    # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
+    with Replacing():
+        value, slope = torch.func.jvp(function, (primals,), (tangents,))
+    for node in _nodes(_functions([value, slope])):
+        name, row = _BY_NODE.get(node.name().partition("Backward")[0], (None, None))
+        if row and (row.value is None or row.value in (getattr(node, "_saved_training", 0), getattr(node, "_saved_reduce", 0))):
+            raise NotImplementedError(
+                f"mixed_mode cannot take {name} in forward mode where it is called in this way (from TorchScript, say): {row}; "
+                "call it as a function of torch or Tensor in Python, or use noise='guided', which needs no formula"
+            )
+    return value, slope
+
+
+PLAIN = (
+    "use its plain form (eager attention or SDPBackend.MATH instead of fused attention, broadcast differences instead of cdist)"
+)
+# Words of PyTorch's error, what it means, and a way out beside noise='guided'; in the order in which they are looked for.
+LIMITS = (
+    ("Trying to use forward AD with", "and an operation in it has no formula for that: {error}", PLAIN),
+    ("does not currently support double backward", "and a compiled module is differentiated only once", "take it uncompiled"),
+    ("must override the setup_context", "and an autograd.Function in it has no setup_context", "give it that and a jvp"),
+    ("You need to implement the jvp function", "and an autograd.Function in it has no jvp", "give it one"),
+    ("mutating directly with `.data`", "where tensor.data cannot be assigned to", "compute with the new values instead"),
+    ("would mutate a captured Tensor", "where a tensor from outside of it cannot be written into", "make it a new tensor"),
+    ("doesn't have storage", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
+    ("storage of TensorWrapper", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
+    ("tensors do not have strides", "where sparse tensors cannot be used: {error}", "make them dense"),
+    ("derivative for", "and the formula of an operation in it cannot be differentiated again: {error}", PLAIN),
+    ("functorch", "where this cannot be done: {error}", "leave it out"),
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What cannot be taken in forward mode is a NotImplementedError of one sentence, whatever PyTorch makes of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        for words, what, way_out in LIMITS:
+            if words in str(error):
+                what = what.format(error=str(error).splitlines()[0].rstrip("."))
+                raise NotImplementedError(
+                    f"mixed_mode takes train_loss in forward mode, {what}; {way_out}, or use noise='guided', which needs no "
+                    "formula"
+                ) from error
+        raise
+
+
+class Replacing(TorchFunctionMode):
+    """Within it, operations of ROWS are computed in their rows' form, where the row says so.
+
+    Where λ enters after an operation PyTorch's own formula is right, mostly, and cheaper. Running statistics are not updated:
+    the model runs on copies that are thrown away.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.within = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        row = _BY_FUNCTION.get(function)
+        if row is None:
+            body = None if function in self.within else _body(function)
+            if body is None:
+                return function(*args, **kwargs)
+            self.within.append(function)
+            try:
+                with self:
+                    return body(*args, **kwargs)
+            finally:
+                self.within.pop()
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        starts = _functions(tensors)
+        result = row.form(function, *args, **kwargs) if kwargs.get("out") is None and row.when(tensors) else None
+        if result is None:
+            result = function(*args, **kwargs)
+        for node in _nodes(_functions(result), starts):
+            node.metadata["evograd"] = "right"
+        return result
+
+
+def _body(function: Callable) -> Callable | None:
+    """A function of Python's whose operations a mode is to see too, without the question whether a mode sees itself."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    asks = [n for n in function.__code__.co_names if n.startswith("has_torch_function") and n in function.__globals__]
+    if not asks:
+        return None
+    scope = {**function.__globals__, **dict.fromkeys(asks, lambda *_: False)}
+    body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+# --- the graph to λ -------------------------------------------------------------------------------------------------------
+
+
+def _nodes(ends: list[torch.autograd.graph.Node], starts: list[torch.autograd.graph.Node] = ()) -> Iterator:
+    """The nodes of a graph from its ends back to its starts, without these, each once; none that is known to be right."""
+    waiting, seen = list(ends), set(starts)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            if "evograd" not in node.metadata:
+                yield node
+            waiting += [before for before, _ in node.next_functions if before is not None]
+
+
+def _functions(value) -> list[torch.autograd.graph.Node]:
+    """The nodes that the tensors in `value`, and their tangents, have come from."""
+    tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+    tensors += [tangent for tangent in map(_tangent, tensors) if tangent is not None]
+    return [node for node in (_bare(t).grad_fn for t in tensors) if node is not None]
+
+
+# --- of one tensor --------------------------------------------------------------------------------------------------------
+
+
+def _bare(value: Tensor) -> Tensor:
+    """The tensor that forward mode has wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value
+
+
+def _tangent(value: Tensor) -> Tensor | None:
+    if not torch._C._functorch.is_functorch_wrapped_tensor(value) or not (value.is_floating_point() or value.is_complex()):
+        return None
+    tangent = forward_ad.unpack_dual(value).tangent
+    return None if tangent is None or _bare(tangent)._is_zerotensor() else tangent
+
+
+def tangents(values: list[Tensor]) -> bool:
+    """The result has a tangent."""
+    return torch.is_grad_enabled() and any(_tangent(value) is not None for value in values)
+
+
+def traced_tangents(values: list[Tensor]) -> bool:
+    """The result has a tangent, and reverse mode will go through it. Inside of torch.func.jvp a tensor says no itself."""
+    return tangents(values) and any(_bare(value).requires_grad for value in values)
+
+
+def wrapped(values: list[Tensor]) -> bool:
+    """Forward mode has a part in it, be it only that it is another kind of tensor."""
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values)
+
+
+# --- other forms ----------------------------------------------------------------------------------------------------------
+
+
+def by_reverse(function: Callable, *args, **kwargs):
+    """function(*args), and the tangents of its results by two backward passes: the derivative of u ↦ Jᵀu along ẋ is J ẋ.
+
+    The operation itself runs on plain tensors, as it does outside of forward mode: its random numbers are the same too.
+    """
+    interpreter, inputs = retrieve_current_functorch_interpreter(), {}
+    flat, structure = tree_flatten((args, kwargs))
+    for i, value in enumerate(flat):
+        if isinstance(value, Tensor):
+            tangent, flat[i] = _tangent(value) if torch.is_grad_enabled() else None, _bare(value)
+            if tangent is not None:
+                inputs[i] = _bare(tangent)
+    traced = any(t.requires_grad for t in (*flat, *inputs.values()) if isinstance(t, Tensor))
+    pushed = {}
+    with interpreter.lower():
+        for i in inputs:  # an alias of each, as the same tensor may be given twice
+            flat[i] = flat[i].view_as(flat[i]) if flat[i].requires_grad else flat[i].detach().requires_grad_()
+        args, kwargs = tree_unflatten(flat, structure)
+        outputs, structure = tree_flatten(function(*args, **kwargs))
+        smooth = [j for j, y in enumerate(outputs) if isinstance(y, Tensor) and y.requires_grad]
+        if smooth and inputs:
+            y = [outputs[j] for j in smooth]
+            u = [torch.zeros_like(t).requires_grad_() for t in y]
+            pulled = torch.autograd.grad(y, [flat[i] for i in inputs], u, create_graph=True, allow_unused=True)
+            pairs = [(g, x_t) for g, x_t in zip(pulled, inputs.values()) if g is not None and g.requires_grad]
+            if pairs:
+                g, x_t = zip(*pairs)
+                pushed = dict(zip(smooth, torch.autograd.grad(g, u, x_t, create_graph=traced, allow_unused=True)))
+        if not traced:
+            outputs = [y.detach() if isinstance(y, Tensor) else y for y in outputs]
+    return tree_unflatten([_dual(y, pushed.get(j), interpreter.level()) for j, y in enumerate(outputs)], structure)
+
+
+def _dual(value, tangent: Tensor | None, level: int):
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    value = torch._C._functorch._wrap_for_grad(value, level)
+    return value if tangent is None else forward_ad.make_dual(value, torch._C._functorch._wrap_for_grad(tangent, level))
+
+
+def in_place_of(other: Callable) -> Callable:
+    """The form of an operation in place: `other`, which is not, and its result copied."""
+    return lambda _, x, *args, **kwargs: x.copy_(by_reverse(other, x, *args, **kwargs))
+
+
+def if_given(value: object) -> Callable:
+    """by_reverse where `value` is among the arguments, PyTorch's own formula where it is not."""
+
+    def form(function, *args, **kwargs):
+        given = any(type(a) is type(value) and a == value for a in (*args, *kwargs.values()))
+        return by_reverse(function, *args, **kwargs) if given else None
+
+    return form
+
+
+def attention(function, *args, **kwargs):
+    dropout = args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0)
+    return by_reverse(function, *args, **kwargs) if dropout > 0 else None
+
+
+def recurrent(function, *args):
+    """Never fused: those kernels have no formula. Packed sequences, and dropout between layers, by reverse."""
+    packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
+    dropout, training = args[-3:-1] if packed else args[-4:-2]
+    before = torch.backends.mkldnn.set_flags(False)[0]
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            return by_reverse(function, *args) if packed or (dropout and training) else function(*args)
+    finally:
+        torch.backends.mkldnn.set_flags(before)
+
+
+def on_the_host(function, x, *args, **kwargs):
+    """numpy() or a deep copy, of values alone: through these PyTorch differentiates in no mode."""
+    if _tangent(x) is not None or _bare(x).requires_grad:
+        raise RuntimeError("numpy() or a deep copy of a tensor that requires grad; use tensor.detach() first")
+    return of_values(function, x, *args, **kwargs)
+
+
+def of_values(function, x, *args, **kwargs):
+    with retrieve_current_functorch_interpreter().lower():
+        return function(_bare(x), *args, **kwargs)
+
+
+def log_cumulative(function, x, dim, **options):
+    """log Σ_{j ≤ i} exp x_j by doubling, with log(eᵃ + eᵇ) = a − log σ(a − b)."""
+    if x.is_complex() or x.ndim == 0 or options:
+        return by_reverse(function, x, dim, **options)
+    y, shift = x.movedim(dim, -1), 1
+    while shift < y.shape[-1]:
+        later, earlier = y[..., shift:], y[..., :-shift]
+        y, shift = torch.cat([y[..., :shift], later - F.logsigmoid(later - earlier)], -1), 2 * shift
+    return y.movedim(-1, dim)
+
+
+def least_and_largest(_, x, *, dim=None, keepdim=False):
+    dims = list(range(x.ndim)) if dim is None else dim
+    return torch.return_types.aminmax((x.amin(dims, keepdim), x.amax(dims, keepdim)))
+
+
+def whole(function, *args, **kwargs):
+    """linear_cross_entropy, not in chunks."""
+    return _body(function)(*args, **{**kwargs, "options": None})
+
+
+def glu(_, x, dim=-1):
+    a, b = x.chunk(2, dim)
+    return a * b.sigmoid()
+
+
+def _batch_norm(_, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training and running_mean is not None:
+        return None  # statistics that are constants: PyTorch's own formula is right
+    return _normalized(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
+
+
+def _instance_norm(
+    _, x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
+    if not use_input_stats:
+        return None
+    return _normalized(x, list(range(2, x.ndim)), eps, *(_by_channel(p, x) for p in (weight, bias)))
+
+
+def _layer_norm(_, x, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    return _normalized(x, list(range(-len(normalized_shape), 0)), eps, weight, bias)
+
+
+def _rms_norm(_, x, normalized_shape, weight=None, eps=None):
+    square = (x * x).mean(list(range(-len(normalized_shape), 0)), keepdim=True)
+    y = x * (square + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+    return y if weight is None else y * weight
+
+
+def _torch_order(form: Callable) -> Callable:
+    """torch.batch_norm's order of arguments, which torch.instance_norm's is too."""
+    return lambda _, x, weight, bias, mean, var, training, momentum, eps, cudnn: form(
+        _, x, mean, var, weight, bias, training, momentum, eps
+    )
+
+
+def _by_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """In plain operations where λ enters before it; with less memory where it does not."""
+    in_a_graph = any(p is not None and _bare(p).requires_grad for p in (x, weight, bias))
+    return (_written_out if in_a_graph else _Lean.apply)(x, dims, eps, weight, bias)
+
+
+def _written_out(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias. Of x's size, autograd keeps x − mean and its tangent, and nothing else."""
+    centred = x - x.mean(dims, keepdim=True)
+    scale = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    if weight is not None and weight.shape[0] == 1:  # one number a channel; a layer's are of x's own size
+        scale, weight = scale * weight, None
+    y = centred * scale
+    if weight is not None:
+        y = y * weight
+    return y if bias is None else y + bias
+
+
+class _Lean(torch.autograd.Function):
+    """The same where no graph to λ passes: forward mode alone, with one tensor of x's size beside values and tangents.
+
+    PyTorch's own formula makes up to nine of them, and a network's first normalisation may be its largest tensor.
+    """
+
+    @staticmethod
+    def forward(x, dims, eps, weight, bias):
+        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        y = x.sub(mean).mul_((var + eps).rsqrt())
+        y = y if weight is None else y.mul_(weight)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.dims, ctx.eps, weight, _ = inputs
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx, x_t, _dims, _eps, weight_t, bias_t):
+        """With d = x − mean and s = 1/√(var + eps): (s (x' − mean') − s³ d ⟨d, x'⟩ / n) · weight + s d · weight' + bias'."""
+        x, weight = ctx.saved_tensors
+        var, mean = torch.var_mean(x, ctx.dims, correction=0, keepdim=True)
+        scale, centred = (var + ctx.eps).rsqrt(), x - mean
+        y_t = x_t * scale
+        y_t.addcmul_(centred, (centred * x_t).mean(ctx.dims, keepdim=True) * scale**3, value=-1)
+        y_t.sub_(x_t.mean(ctx.dims, keepdim=True) * scale)
+        if weight is not None:
+            y_t.mul_(weight)
+            if weight_t is not None:
+                y_t.addcmul_(centred.mul_(scale), weight_t)
+        return y_t if bias_t is None else y_t.add_(bias_t)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """An operation that forward mode has not right.
+
+    names: what Python calls it, within torch.
+    form: what is computed in its place, form(function, *args, **kwargs); if that is None, PyTorch's own formula is used.
+    when: of its tensors, whether the form is taken.
+    wrong: what is.
+    aten: what its node is named after, which must not be in the graph to λ unseen.
+    value: what the node has saved in that case, if it matters.
+    issue: PyTorch's number, where known.
+    """
+
+    names: str
+    form: Callable
+    when: Callable[[list[Tensor]], bool]
+    wrong: str
+    aten: str = ""
+    value: object = None
+    issue: int | None = None
+
+    def __str__(self) -> str:
+        return self.wrong + (f" (pytorch issue {self.issue})" if self.issue else "")
+
+
+STATISTICS = "its formula takes the statistics for constants, so that its derivative in reverse mode is wrong"
+FACTORS = "its formula takes the LU factors for constants, so that its derivative in reverse mode is wrong"
+DRAWS = "it draws in another order where its input is not contiguous"
+NO_FORMULA = "it has no formula"
+NO_STORAGE = "it reads memory that a tensor of forward mode has not"
+ROWS = (
+    Row("nn.functional.batch_norm", _batch_norm, tangents, STATISTICS, issue=196699),
+    Row("nn.functional.instance_norm", _instance_norm, tangents, STATISTICS, issue=196699),
+    Row("nn.functional.layer_norm layer_norm", _layer_norm, tangents, STATISTICS, "native_layer_norm", issue=196700),
+    Row(
+        "batch_norm",
+        _torch_order(_batch_norm),
+        tangents,
+        STATISTICS,
+        "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
+        True,
+        196699,
+    ),
+    Row("instance_norm", _torch_order(_instance_norm), tangents, STATISTICS, issue=196699),
+    Row("", by_reverse, traced_tangents, STATISTICS, "_batch_norm_with_update", issue=196699),
+    Row("nn.functional.rms_norm rms_norm", _rms_norm, traced_tangents, "its fused kernel saves statistics", "_fused_rms_norm"),
+    Row(
+        "linalg.solve linalg.solve_ex linalg.tensorsolve",
+        by_reverse,
+        traced_tangents,
+        FACTORS,
+        "_linalg_solve_ex",
+        issue=196695,
+    ),
+    Row("linalg.eig linalg.eigvals", by_reverse, traced_tangents, "its formula solves by the eigenvectors"),
+    Row("det Tensor.det linalg.det", by_reverse, traced_tangents, FACTORS, "_linalg_det", issue=196696),
+    Row(
+        "slogdet Tensor.slogdet linalg.slogdet logdet Tensor.logdet",
+        by_reverse,
+        traced_tangents,
+        FACTORS,
+        "_linalg_slogdet",
+        issue=196697,
+    ),
+    Row(
+        "linalg.householder_product orgqr Tensor.orgqr",
+        by_reverse,
+        traced_tangents,
+        "its formula loses a term of second order",
+        "linalg_householder_product",
+        issue=196698,
+    ),
+    Row(
+        "linalg.eigh linalg.eigvalsh linalg.matrix_sqrth linalg.polar",
+        by_reverse,
+        traced_tangents,
+        "its formula divides by zero in reverse mode",
+        "_linalg_eigh",
+    ),
+    Row(
+        "cholesky_inverse Tensor.cholesky_inverse",
+        by_reverse,
+        tangents,
+        "its formula has factors in the wrong order",
+        "cholesky_inverse",
+        issue=196682,
+    ),
+    Row(
+        "cholesky_solve Tensor.cholesky_solve",
+        by_reverse,
+        tangents,
+        "its formula has factors in the wrong order",
+        "cholesky_solve",
+        issue=196694,
+    ),
+    Row(
+        "logcumsumexp Tensor.logcumsumexp",
+        log_cumulative,
+        tangents,
+        "its formula underflows where a later term is larger by far",
+        "logcumsumexp",
+        issue=196705,
+    ),
+    Row("prod Tensor.prod", by_reverse, traced_tangents, "its formula at zeros calls cumprod"),
+    Row(
+        "cumprod Tensor.cumprod vander linalg.vander",
+        by_reverse,
+        traced_tangents,
+        "its formula is wrong at zeros",
+        "cumprod",
+        issue=196701,
+    ),
+    Row("Tensor.cumprod_", in_place_of(torch.cumprod), traced_tangents, "its formula is wrong at zeros", issue=196701),
+    Row(
+        "scatter_reduce Tensor.scatter_reduce",
+        if_given("prod"),
+        tangents,
+        "its formula for products takes them for constants",
+        "scatter_reduce",
+        "prod",
+    ),
+    Row("nn.functional.linear_cross_entropy", whole, tangents, "in chunks it is taken for a constant"),
+    Row("nn.functional.glu", glu, tangents, "its formula has no derivative in reverse mode"),
+    Row("aminmax Tensor.aminmax", least_and_largest, tangents, "it writes into tensors of zeros"),
+    Row("std Tensor.std std_mean", by_reverse, tangents, "its formula divides by zero where all values are equal"),
+    Row("lstm gru rnn_tanh rnn_relu", recurrent, wrapped, NO_FORMULA),
+    Row("_pack_padded_sequence _pad_packed_sequence tensor_split Tensor.tensor_split", by_reverse, wrapped, NO_STORAGE),
+    Row("Tensor.tolist", of_values, wrapped, NO_STORAGE),
+    Row("Tensor.numpy Tensor.__array__ Tensor.__deepcopy__", on_the_host, wrapped, NO_STORAGE),
+    Row("dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu", if_given(True), wrapped, DRAWS),
+    Row("native_dropout", by_reverse, wrapped, DRAWS),
+    Row("dropout_", in_place_of(torch.dropout), wrapped, DRAWS),
+    Row("feature_dropout_", in_place_of(torch.feature_dropout), wrapped, DRAWS),
+    Row("alpha_dropout_", in_place_of(torch.alpha_dropout), wrapped, DRAWS),
+    Row("feature_alpha_dropout_", in_place_of(torch.feature_alpha_dropout), wrapped, DRAWS),
+    Row("rrelu_", in_place_of(torch.rrelu), wrapped, DRAWS),
+    Row("nn.functional.scaled_dot_product_attention", attention, wrapped, DRAWS),
+    Row("rand_like randn_like randint_like empty_like bernoulli Tensor.bernoulli normal poisson", by_reverse, wrapped, DRAWS),
+)
+
+
+def _found(path: str):
+    """torch's attribute of that path; None in a version that has none."""
+    return reduce(lambda place, name: getattr(place, name, None), path.split("."), torch)
+
+
+_BY_FUNCTION = {_found(name): row for row in ROWS for name in row.names.split() if _found(name) is not None}
+_BY_FUNCTION |= {
+    getattr(torch.ops.aten, name): row
+    for row in ROWS
+    for name in row.aten.split()
+    if row.wrong is not STATISTICS and hasattr(torch.ops.aten, name)
+}
+_BY_NODE = {"".join(map(str.capitalize, name.split("_"))): (name, row) for row in ROWS for name in row.aten.split()}
