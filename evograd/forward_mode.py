@@ -218,8 +218,8 @@ def _dual(value, tangent: Tensor | None, level: int):
 
 
 def in_place_of(other: Callable) -> Callable:
-    """The form of an operation in place: `other`, which is not, and its result copied."""
-    return lambda _, x, *args, **kwargs: x.copy_(by_reverse(other, x, *args, **kwargs))
+    """The form of an operation in place: `other`, which is not, on a copy, and its result copied back."""
+    return lambda _, x, *args, **kwargs: x.copy_(by_reverse(other, x.clone(), *args, **kwargs))
 
 
 def if_given(value: object) -> Callable:

@@ -438,7 +438,6 @@ ALLOWED = {
     "control by values": lambda h: h * 2 if h.sum() > 0 else h * 3,
     "in place on a view": lambda h: (lambda z: (z[:, 0].mul_(2), z)[1])(h * 1),
     "tensor_split": lambda h: torch.cat(h.tensor_split(torch.tensor([2, 5]), 1)[::-1], 1),
-    "aminmax": lambda h: h * torch.aminmax(h, dim=1, keepdim=True).max,
 }
 
 
