@@ -71,6 +71,7 @@ def main(argv=None):
     keeper = checkpoints.Keeper(args, "few-shot encoder", config, name="encoder")
     with cli.exit_on_bad_input():
         checkpoints.check_writable(args.out)
+        checkpoints.check_ours(args.out, "--out")
         if args.resume and Path(args.out).is_file() and checkpoints.load(args.out)["config"] == config:
             print(f"{args.out} is this encoder: nothing to do")
             return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,11 +254,19 @@ def _cifar(name: str, data_dir: str, download: bool) -> Source:
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    folder = Path(data_dir) / kind.base_folder
+    if download and not folder.exists():
+        _download_cifar(kind, Path(data_dir))
     try:
-        parts = [kind(data_dir, train=train, download=download) for train in (True, False)]
+        parts = [kind(data_dir, train=train) for train in (True, False)]  # it compares the files' md5 sums
     except RuntimeError as error:
+        if folder.exists():
+            raise ValueError(
+                f"{folder} is broken: not all files of {name} are there as they are published. "
+                "Delete or rename it and run again with --download"
+            ) from error
         raise FileNotFoundError(
-            f"no {name} under {data_dir}: {Path(data_dir) / kind.base_folder} is missing or broken. "
+            f"no {name} under {data_dir}: {folder} is missing. "
             "Name the folder with --data-dir, or add --download to fetch it into that folder"
         ) from error
     images = [torch.tensor(part.data).permute(0, 3, 1, 2) for part in parts]
@@ -265,6 +275,17 @@ def _cifar(name: str, data_dir: str, download: bool) -> Source:
     if name == "cifar100":
         superclasses = _superclasses(Path(data_dir) / kind.base_folder / "train")
     return Source(images[0], labels[0], images[1], labels[1], superclasses=superclasses, mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+def _download_cifar(kind: type, root: Path) -> None:
+    """Fetch into a folder of its own, which takes its place when all is there and right."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{kind.base_folder}.tmp", dir=root) as temporary:
+        try:
+            kind(temporary, download=True)
+        except RuntimeError as error:  # a wrong md5 sum; what cannot be reached is an OSError
+            raise OSError(f"{kind.__name__} could not be fetched into {root}: {error}") from error
+        os.replace(Path(temporary) / kind.base_folder, root / kind.base_folder)
 
 
 def _superclasses(path: Path) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from evograd.lab.records import replacing
 
 DATASETS = ("toy", "ner", "sentiment")
 SPLITS = ("train", "dev", "test")
@@ -82,10 +85,16 @@ def _two_columns(path: Path, number: int, line: str, form: str) -> tuple[str, st
 
 
 def download_wikiann(data_dir: str, language: str) -> None:
-    """Write WikiAnn's three files of a language, fetched with `datasets`, unless they are there."""
+    """Write WikiAnn's three files of a language, fetched with `datasets`, unless they are there. No file is written over."""
     folder = Path(data_dir) / language
-    if all((folder / split).is_file() for split in SPLITS):
+    there = [split for split in SPLITS if (folder / split).exists()]
+    if len(there) == len(SPLITS):
         return
+    if there:
+        raise FileExistsError(
+            f"--download: {folder} has {', '.join(there)} already and not the others of {', '.join(SPLITS)}; "
+            "WikiAnn's are not mixed with them. Add those that are missing, or move these away"
+        )
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -93,14 +102,14 @@ def download_wikiann(data_dir: str, language: str) -> None:
             "--download fetches WikiAnn with the package `datasets`, which is not installed: pip install datasets"
         ) from error
     fetched = load_dataset("unimelb-nlp/wikiann", language)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, name in zip(SPLITS, ("train", "validation", "test")):
-        tags = fetched[name].features["ner_tags"].feature.names
-        blocks = (
-            "".join(f"{language}:{word}\t{tags[tag]}\n" for word, tag in zip(row["tokens"], row["ner_tags"]))
-            for row in fetched[name]
-        )
-        (folder / split).write_text("\n".join(blocks), encoding="utf-8")
+    with contextlib.ExitStack() as stack:  # the three take their places together, when all are written
+        for split, name in zip(SPLITS, ("train", "validation", "test")):
+            tags = fetched[name].features["ner_tags"].feature.names
+            blocks = (
+                "".join(f"{language}:{word}\t{tags[tag]}\n" for word, tag in zip(row["tokens"], row["ner_tags"]))
+                for row in fetched[name]
+            )
+            stack.enter_context(replacing(folder / split)).write_text("\n".join(blocks), encoding="utf-8")
 
 
 # --- two generated languages -------------------------------------------------------------------------------------------

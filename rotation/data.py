@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import gzip
+import hashlib
 import math
+import shutil
+import urllib.request
+import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from evograd.lab.data import fingerprint
+from evograd.lab.records import replacing
 
 TRUE_ANGLE = math.radians(30)
 MEAN, STD = 0.1307, 0.3081
@@ -22,6 +30,13 @@ FILES = {  # of MNIST: name -> bytes when unpacked
     "t10k-images-idx3-ubyte": 16 + 10_000 * 28 * 28,
     "t10k-labels-idx1-ubyte": 8 + 10_000,
 }
+PUBLISHED = {  # SHA-256 of what they hold
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 
 
 @dataclass
@@ -57,8 +72,7 @@ def load(name: str, data_dir: str, device: torch.device) -> tuple[Split, Split, 
     """(training, validation, test), all upright: MNIST 40,000/10,000/10,000, digits 1,000/297/500."""
     if name == "mnist":
         check_mnist(Path(data_dir))
-        images, labels = _mnist(Path(data_dir), train=True)
-        test = _mnist(Path(data_dir), train=False)
+        (images, labels), test = (_mnist(Path(data_dir), part) for part in ("train", "t10k"))
         parts = [(images[:40_000], labels[:40_000]), (images[50_000:], labels[50_000:]), test]
     else:
         images, labels = _digits()
@@ -76,46 +90,98 @@ def _digits() -> tuple[Tensor, Tensor]:
     return (images[order] * 255).round().to(torch.uint8), torch.tensor(digits.target)[order]
 
 
-def _mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    from torchvision.datasets import MNIST
+def _mnist(root: Path, part: str) -> tuple[Tensor, Tensor]:
+    images, labels = (torch.frombuffer(bytearray(_content(root, f"{part}-{what}")), dtype=torch.uint8) for what in IDX)
+    return images[16:].view(-1, 28, 28), labels[8:].long()
 
-    dataset = MNIST(root, train=train, download=True)  # the files are there: this unpacks them if need be, and loads
-    return dataset.data, dataset.targets
+
+IDX = {"images-idx3-ubyte": (2051, (28, 28)), "labels-idx1-ubyte": (2049, ())}  # the first number of a file, and the form of an item
+
+
+def data_fingerprint(name: str, data_dir: str) -> str | None:
+    """What the record of a run says of the content of files; None for embedded data, for MNIST as published, and if it is missing."""
+    if name != "mnist" or _missing(Path(data_dir)):
+        return None
+    check_mnist(Path(data_dir))
+    found = {name: hashlib.sha256(_content(Path(data_dir), name)).hexdigest() for name in FILES}
+    return None if found == PUBLISHED else fingerprint(*found.values())
 
 
 def download_mnist(root: str) -> None:
-    from torchvision.datasets import MNIST
-
-    Path(root).mkdir(parents=True, exist_ok=True)
+    """Fetch those of the four files that are not there. What is there stays; what comes takes its place when it is whole."""
+    raw = Path(root) / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
     with open(Path(root) / "download.lock", "w") as lock:  # of several runs at once, one fetches and the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for name in _missing(Path(root)):
+            _fetch(name, raw / f"{name}.gz")
+            _content.cache_clear()
+
+
+def _fetch(name: str, path: Path) -> None:
+    reasons = []
+    for mirror in MIRRORS:
         try:
-            MNIST(root, download=True)
-        except RuntimeError as error:
-            raise OSError(f"MNIST could not be fetched into {root}: {error}") from error
+            with replacing(path) as temporary:
+                with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=60) as answer, open(temporary, "wb") as file:
+                    shutil.copyfileobj(answer, file)
+                if hashlib.sha256(_unpacked(temporary)).hexdigest() != PUBLISHED[name]:
+                    raise ValueError("something else was sent")
+            return
+        except (OSError, ValueError) as error:  # HTTP errors are OSErrors
+            reasons.append(f"{mirror}: {error}")
+    raise OSError(f"MNIST could not be fetched into {path.parent}: {name}.gz: {'; '.join(reasons)}")
+
+
+def _file(root: Path, name: str) -> Path | None:
+    """The file of that name, unpacked or packed, if there is one."""
+    folder = root / "MNIST" / "raw"
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+
+
+def _missing(root: Path) -> list[str]:
+    return [name for name in FILES if _file(root, name) is None]
+
+
+def _unpacked(path: Path) -> bytes:
+    """What a file holds, whatever its name says of how it is packed."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    try:
+        return gzip.open(path).read() if packed else path.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is broken ({error})") from error
+
+
+@lru_cache(maxsize=4)  # they are looked at before they are used
+def _content(root: Path, name: str) -> bytes:
+    return _unpacked(_file(root, name))
 
 
 def check_mnist(root: Path) -> None:
-    """ValueError or FileNotFoundError that names the file, if MNIST is not whole under `root`."""
-    folder = root / "MNIST" / "raw"
+    """ValueError or FileNotFoundError that names the file, if MNIST is not whole under `root`. Their content counts, not how
+    they are packed, and nothing is fetched."""
+    _content.cache_clear()
+    advice = "Delete it and run again with --download"
+    missing = _missing(root)
+    if missing:
+        raise FileNotFoundError(
+            f"no MNIST under {root}: neither {root / 'MNIST' / 'raw' / missing[0]} nor {missing[0]}.gz is there. "
+            "Name the folder with --data-dir, or add --download to fetch it into that folder"
+        )
     for name, size in FILES.items():
-        plain, packed = folder / name, folder / f"{name}.gz"
-        if plain.exists():
-            found = plain.stat().st_size
-            if found != size:
-                raise ValueError(
-                    f"{plain} has {found:,} bytes instead of {size:,}: cut short? Delete it and run again with --download"
-                )
-        elif packed.exists():
-            try:
-                with gzip.open(packed) as file:
-                    found = sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
-            except (EOFError, OSError) as error:
-                raise ValueError(f"{packed} is broken ({error}). Delete it and run again with --download") from error
-            if found != size:
-                raise ValueError(f"{packed} holds {found:,} bytes instead of {size:,}. Delete it and run again with --download")
-        else:
-            raise FileNotFoundError(
-                f"no MNIST under {root}: neither {plain} nor {packed.name} is there. "
-                "Name the folder with --data-dir, or add --download to fetch it into that folder"
-            )
+        path = _file(root, name)
+        try:
+            content = _content(root, name)
+        except ValueError as error:
+            raise ValueError(f"{error}. {advice}") from error
+        if len(content) != size:
+            raise ValueError(f"{path} holds {len(content):,} bytes instead of {size:,}: cut short? {advice}")
+        part, what = name.split("-", 1)
+        magic, form = IDX[what]
+        head = (magic, 60_000 if part == "train" else 10_000, *form)
+        found = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(0, 4 * len(head), 4))
+        if found != head:
+            raise ValueError(f"{path} begins with the numbers {found}; an idx file of MNIST begins with {head}. {advice}")
+        if not form and max(content[8:]) > 9:
+            raise ValueError(f"{path} has labels up to {max(content[8:])}; 0 to 9 are accepted. {advice}")

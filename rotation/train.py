@@ -22,7 +22,7 @@ from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything, step_cost
 from evograd.measuring import measure
 
-from .data import DATASETS, TRUE_ANGLE, download_mnist, load, normalize, rotate
+from .data import DATASETS, TRUE_ANGLE, data_fingerprint, download_mnist, load, normalize, rotate
 from .model import lenet
 
 # inner_lr, η: where the lookahead is the step that was made it is only the scale of the hypergradient, which Adam does not see;

@@ -25,6 +25,7 @@ CASES = {
         (["--checkpoint-every", "0"], ["--checkpoint-every", "0 given", "at least 1"]),
         (["--checkpoint", "tests"], ["--checkpoint tests is a folder"]),
         (["--checkpoint", "/dev/null/run.pt"], ["/dev/null"]),
+        (["--checkpoint", "requirements.txt"], ["--checkpoint requirements.txt is there and no checkpoint", "another file"]),
         (["--data", "mnist", "--data-dir", "/nowhere"], ["no MNIST under /nowhere", "--data-dir", "--download"]),
     ],
     "label_noise_mwn": [

@@ -161,6 +161,31 @@ def test_cifar_is_read_from_torchvision(tmp_path, monkeypatch):
     assert source.mean == data.CIFAR_MEAN
 
 
+def test_cifar_is_fetched_beside_and_never_over_what_is_there(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    asked = []
+
+    def download(self):
+        asked.append(self.root)
+        raise RuntimeError("File not found or corrupted.")
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    folder = tmp_path / CIFAR10.base_folder
+    with pytest.raises(FileNotFoundError, match="no cifar10 under"):
+        load("cifar10", str(tmp_path))
+    assert not asked
+    with pytest.raises(OSError, match="CIFAR10 could not be fetched into .*corrupted"):
+        load("cifar10", str(tmp_path), download=True)
+    assert len(asked) == 1 and str(tmp_path) != str(asked[0])
+    assert list(tmp_path.iterdir()) == []  # nothing is left of what was cut off
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="cifar-10-batches-py is broken.*Delete or rename it"):
+        load("cifar10", str(tmp_path), download=True)
+    assert len(asked) == 1 and (folder / "data_batch_1").read_bytes() == b"mine"
+
+
 # --- models ------------------------------------------------------------------------------------------------------------
 
 

@@ -390,6 +390,31 @@ def test_wikiann_is_written_as_files(tmp_path, monkeypatch):
     assert data.read_split("ner", str(tmp_path), "qu", "dev") == expected
 
 
+def test_wikiann_is_not_mixed_with_files_that_are_there(tmp_path, monkeypatch):
+    load_dataset = lambda *name: pytest.fail("fetched")
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    (tmp_path / "qu").mkdir()
+    (tmp_path / "qu" / "train").write_text("mine")
+    with pytest.raises(FileExistsError, match="qu has train already and not the others of train, dev, test"):
+        data.download_wikiann(str(tmp_path), "qu")
+    assert (tmp_path / "qu" / "train").read_text() == "mine"
+
+
+def test_wikiann_that_is_cut_off_leaves_no_file(tmp_path, monkeypatch):
+    class Cut(dict):
+        features = {"ner_tags": types.SimpleNamespace(feature=types.SimpleNamespace(names=["O"]))}
+
+        def __iter__(self):
+            yield {"tokens": ["a"], "ner_tags": [0]}
+            raise OSError("gone")
+
+    load_dataset = lambda *name: {"train": Cut(), "validation": Cut(), "test": Cut()}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(OSError, match="gone"):
+        data.download_wikiann(str(tmp_path), "qu")
+    assert not list((tmp_path / "qu").iterdir())
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 SMALL = ["--device", "cpu", "--epochs", "2", "--source-size", "36", "--target-size", "12", "--dev-size", "20"]

@@ -1,9 +1,11 @@
 """The rotation experiment: geometry, data, every method tiny, and bad input."""
 
 import gzip
+import io
 import json
 import math
 import struct
+import urllib.request
 
 import pytest
 import torch
@@ -166,3 +168,86 @@ def test_mnist_split(tmp_path):
     (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte"):
         data.load("mnist", str(tmp_path), torch.device("cpu"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """What the network answers, by address; asked: the addresses. Without an answer there is no network."""
+
+    def urlopen(address, timeout=None):
+        asked.append(address)
+        if answer is None:
+            raise urllib.error.URLError("no network")
+        return io.BytesIO(answer)
+
+    asked, answer = [], None
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+    def answers(content):
+        nonlocal answer
+        answer = content
+        return asked
+
+    return answers
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "download.lock"}
+
+
+def test_files_count_by_what_they_hold_and_nothing_is_fetched_or_written(server, tmp_path):
+    asked = server(b"an answer")
+    write_mnist(tmp_path, packed=True)
+    raw = tmp_path / "MNIST" / "raw"
+    labels = struct.pack(">II", 2049, 10_000) + bytes(range(10)) * 1000
+    (raw / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels, 9))  # another program's
+    (raw / "train-labels-idx1-ubyte.gz").rename(raw / "train-labels-idx1-ubyte")  # packed, and named as if it were not
+    before = contents(tmp_path)
+    assert load("mnist", str(tmp_path), torch.device("cpu"))[2].labels[:12].tolist() == [*range(10), 0, 1]
+    data.download_mnist(str(tmp_path))  # nothing is missing
+    assert contents(tmp_path) == before and asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("t10k-labels-idx1-ubyte", lambda raw: raw[:8] + b"\x0a" + raw[9:], "has labels up to 10; 0 to 9 are accepted"),
+        ("t10k-labels-idx1-ubyte", lambda raw: struct.pack(">II", 2049, 9_999) + raw[8:], r"numbers \(2049, 9999\).*2049, 10000"),
+        ("t10k-images-idx3-ubyte", lambda raw: b"<htm" + raw[4:], "begins with the numbers"),
+        ("t10k-images-idx3-ubyte", lambda raw: b"\x1f\x8b" + raw[2:], "is broken"),
+    ],
+)
+def test_an_mnist_file_of_something_else_is_named_and_stays(name, change, words, server, tmp_path):
+    asked = server(b"an answer")
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / name
+    path.write_bytes(change(path.read_bytes()))
+    before = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{name}.*{words}.*--download"):
+            check_mnist(tmp_path)
+        data.download_mnist(str(tmp_path))
+    assert path.read_bytes() == before and asked == []
+
+
+def test_a_download_takes_its_place_when_it_is_right(server, tmp_path, monkeypatch, refused):
+    write_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    content = (raw / "t10k-labels-idx1-ubyte").read_bytes()
+    (raw / "t10k-labels-idx1-ubyte").unlink()
+    before = contents(tmp_path)
+    arguments = ["--data", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out" / "runs.jsonl"), "--device", "cpu"]
+    asked = server(None)
+    refused(train.main, [*arguments, "--download"], ["MNIST could not be fetched", "t10k-labels-idx1-ubyte.gz", "no network"])
+    assert len(asked) == len(data.MIRRORS)
+    for wrong in (b"<html>log in</html>", gzip.compress(content)[:-9], gzip.compress(content[:-1])):
+        server(wrong)
+        with pytest.raises(OSError, match="t10k-labels-idx1-ubyte.gz: .*something else was sent|is broken"):
+            data.download_mnist(str(tmp_path))
+        (tmp_path / "out" / "runs.jsonl").unlink(missing_ok=True)
+        assert contents(tmp_path) == before
+    monkeypatch.setitem(data.PUBLISHED, "t10k-labels-idx1-ubyte", data.hashlib.sha256(content).hexdigest())
+    server(gzip.compress(content))
+    data.download_mnist(str(tmp_path))
+    assert gzip.decompress((raw / "t10k-labels-idx1-ubyte.gz").read_bytes()) == content
+    check_mnist(tmp_path)

@@ -65,6 +65,15 @@ def check_writable(path: str | Path) -> None:
     probe.unlink()
 
 
+def check_ours(path: str | Path, flag: str) -> None:
+    """FileExistsError if there is a file at `path` that torch.save has not written: it is somebody's, and is not written over."""
+    path = Path(path)
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                raise FileExistsError(f"{flag} {path} is there and no checkpoint; it is not written over. Name another file")
+
+
 def random_states() -> dict:
     """The states of Python's, NumPy's and torch's generators, the CPU's and those of all CUDA devices."""
     kind, keys, *rest = np.random.get_state()
@@ -237,6 +246,7 @@ class Keeper:
         elif self.args.resume:
             print(f"no checkpoint {self.path}: starting from the beginning")
         elif there:
+            check_ours(self.path, "--checkpoint")
             print(f"starting from the beginning; --resume would go on from {self.path}")
         steps = self.processes.all(self.step)
         if len(set(steps)) > 1:

@@ -1,9 +1,31 @@
-"""The order in which a run sees its data: drawn from a generator of its own, so that every method sees the same batches."""
+"""The order in which a run sees its data, drawn from a generator of its own, so that every method sees the same batches; and a
+fingerprint of the data, for the record."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+
+def fingerprint(*parts: str | bytes) -> str:
+    """A few characters that are the same for the same parts, in their order, and others for others."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(data)} ".encode())  # so that it counts where a part ends
+        digest.update(data)
+    return digest.hexdigest()[:12]
+
+
+def fingerprint_of_images(names: Iterable[str], labels: Iterable[int], n_read: int = 32) -> str:
+    """Of many image files: their names (without the folders that they lie in), labels and sizes, and what n_read of them hold."""
+    files = [Path(name) for name in names]
+    listed = "\n".join(f"{'/'.join(file.parts[-2:])} {label} {file.stat().st_size}" for file, label in zip(files, labels))
+    return fingerprint(listed, *(file.read_bytes() for file in files[:: max(1, len(files) // n_read)]))
 
 
 class batches:
