@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from evograd.lab.checkpoints import outlive_signals
+from evograd.lab.data import fingerprint, fingerprint_of_images
 
 DATASETS = ("glyphs", "filelists")
 PAPER_DOMAINS = ("miniImagenet", "cub", "cars", "places", "plantae")  # the first one: encoder and auxiliary loss
@@ -125,6 +126,12 @@ def load_domain(data: str, data_dir: str, domain: str, split: str, image_size: i
     if missing:
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(names)} images are missing, first {', '.join(missing[:3])}")
     return Images(domain, split, labels, names, round(MARGIN * image_size))
+
+
+def data_fingerprint(lists: Sequence[Images]) -> str | None:
+    """What the record of a run says of the images that it reads; None for glyphs."""
+    files = [images for images in lists if images.names]
+    return fingerprint(*(fingerprint_of_images(images.names, images.labels) for images in files)) if files else None
 
 
 def cache_if_small(lists: Sequence[Images], gigabytes: float) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from evograd.lab import checkpoints, cli
 from evograd.lab.records import append_run
 
-from .data import DATASETS, cache_if_small, load_domain
+from .data import DATASETS, cache_if_small, data_fingerprint, load_domain
 from .models import BACKBONES, HEADS, model_of
 from .testing import TEST_SEED, interval, score
 
@@ -79,6 +79,7 @@ def main(argv=None):
         print(line)
         if args.out:
             tested = {"domain": args.domain, "split": args.split, "test_episodes": args.episodes, "test_seed": args.seed}
+            tested["test_fingerprint"] = data_fingerprint([images])
             config = {**config, **vars(settings), **tested}
             append_run(args.out, "cross_domain_fewshot_test", config, metrics, {}, args.device)
 

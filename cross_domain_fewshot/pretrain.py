@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from evograd.lab import checkpoints, cli
-from evograd.lab.records import seed_everything
+from evograd.lab.records import given, seed_everything
 
-from .data import DATASETS, augmented, cache_if_small, centred, load_domain, stream
+from .data import DATASETS, augmented, cache_if_small, centred, data_fingerprint, load_domain, stream
 from .models import BACKBONES, Encoder
 from .train import by_data, fill_defaults
 
@@ -68,15 +68,16 @@ def main(argv=None):
     names = ("data", "domain", "backbone", "width", "image_size", "epochs", "batch_size", "lr", "amp", "seed")
     config = {name: getattr(args, name) for name in names}
     args.checkpoint = f"{args.out}.part"
-    keeper = checkpoints.Keeper(args, "few-shot encoder", config, name="encoder")
     with cli.exit_on_bad_input():
+        images = load_domain(args.data, args.data_dir, args.domain, "base", args.image_size)
+        config |= given({"fingerprint": data_fingerprint([images])})
+        keeper = checkpoints.Keeper(args, "few-shot encoder", config, name="encoder")
         checkpoints.check_writable(args.out)
         checkpoints.check_ours(args.out, "--out")
         if args.resume and Path(args.out).is_file() and checkpoints.load(args.out)["config"] == config:
             print(f"{args.out} is this encoder: nothing to do")
             return
         found = keeper.resume()
-        images = load_domain(args.data, args.data_dir, args.domain, "base", args.image_size)
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
     n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers

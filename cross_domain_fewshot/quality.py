@@ -17,7 +17,7 @@ from evograd.comparison import agreement
 from evograd.lab import checkpoints, cli
 from evograd.lab.records import append_run, mean_std, seed_everything
 
-from .data import TrainingSteps, cache_if_small, load_domain, stream
+from .data import TrainingSteps, cache_if_small, data_fingerprint, load_domain, stream
 from .models import transformations
 from .train import Trainer, prepare
 
@@ -92,6 +92,7 @@ def main(argv=None):
         )
     if args.out:
         tested = {"quality_steps": args.steps, "quality_seed": args.seed}
+        tested["quality_fingerprint"] = data_fingerprint(domains)
         for name, values in metrics.items():
             append_run(
                 args.out, "cross_domain_fewshot_quality", {**config, **tested, "estimator": name}, values, {}, args.device

@@ -21,7 +21,18 @@ from evograd.lab.methods import MetaStep, baseline, learned, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything
 
-from .data import DATASETS, GLYPH_FONTS, PAPER_DOMAINS, TrainingSteps, augmented, cache_if_small, centred, load_domain, stream
+from .data import (
+    DATASETS,
+    GLYPH_FONTS,
+    PAPER_DOMAINS,
+    TrainingSteps,
+    augmented,
+    cache_if_small,
+    centred,
+    data_fingerprint,
+    load_domain,
+    stream,
+)
 from .models import BACKBONES, HEADS, episode_loss, model_of, transformations
 from .testing import TEST_SEED, interval, score
 
@@ -293,14 +304,19 @@ def main(argv=None):
 
 
 def run(args, processes):
-    keeper = checkpoints.Keeper(args, "cross_domain_fewshot", recorded(args), processes, name=run_name(args), keep=True)
+    def load_lists():
+        lists = [(name, "base") for name in args.seen] + [(args.held_out, "novel")]
+        return [load_domain(args.data, args.data_dir, *which, args.image_size) for which in lists]
+
     with cli.exit_on_bad_input():
+        lists = load_lists() if args.data == "filelists" else None  # a run is one of its files; glyphs take long to draw
+        config = {**recorded(args), "fingerprint": data_fingerprint(lists or [])}
+        keeper = checkpoints.Keeper(args, "cross_domain_fewshot", config, processes, name=run_name(args), keep=True)
         found = keeper.start()
         if found is None:
             return
         n_images = args.n_shot + args.n_query
-        domains = [load_domain(args.data, args.data_dir, name, "base", args.image_size) for name in args.seen]
-        test = load_domain(args.data, args.data_dir, args.held_out, "novel", args.image_size)
+        *domains, test = lists or load_lists()
         for images in (*domains, test):
             images.check(args.n_way, n_images)
         seed_everything(args.seed)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evograd.lab.data import fingerprint
+
 DATASETS = ("digits", "cifar10", "cifar100")
 NOISES = ("flip", "flip2", "unif", "hierarchical", "given")
 CIFAR_MEAN = [value / 255 for value in (125.3, 123.0, 113.9)]
@@ -100,6 +102,18 @@ def load(name: str, data_dir: str, download: bool = False) -> Source:
     if name in DATASETS:
         return _cifar(name, data_dir, download)
     return _npz(Path(name))
+
+
+def data_fingerprint(name: str) -> str | None:
+    """What the record of a run says of the content of an npz file: names, sizes and check sums of its arrays, however they are
+    packed. None for embedded data, for CIFAR, which is accepted as published alone, and for a file that cannot be read."""
+    if name in DATASETS:
+        return None
+    try:
+        with zipfile.ZipFile(name) as file:
+            return fingerprint(*(f"{part.filename} {part.file_size} {part.CRC}" for part in file.infolist()))
+    except (OSError, zipfile.BadZipFile):
+        return None  # `load` says why
 
 
 def make_task(

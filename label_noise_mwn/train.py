@@ -29,7 +29,7 @@ from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything, step_cost
 from evograd.measuring import measure
 
-from .data import DATASETS, NOISES, load, make_task
+from .data import DATASETS, NOISES, data_fingerprint, load, make_task
 from .models import MODELS, weight_net
 
 # weight_input: whose losses the weight net sees: each candidate's own, as in the authors' code, or those of the model for all.
@@ -100,8 +100,9 @@ def parse_args(argv=None):
 
 
 def data_name(args):
-    """The data set's name, or that of the npz file without its folder."""
-    return Path(args.data).stem
+    """The data set's name, or that of the npz file without its folder, and without .npz unless a data set has that name."""
+    file = Path(args.data)
+    return file.name if file.stem in DATASETS and args.data not in DATASETS else file.stem
 
 
 class Trainer:
@@ -282,8 +283,9 @@ def main(argv=None):
 
 
 def run(args, processes):
-    keeper = Keeper(args, "label_noise_mwn", {**cli.config_of(args), "data": data_name(args)}, processes)
     with cli.exit_on_bad_input():
+        config = {**cli.config_of(args), "data": data_name(args), "fingerprint": data_fingerprint(args.data)}
+        keeper = Keeper(args, "label_noise_mwn", config, processes)
         found = keeper.start()
         if found is None:
             return

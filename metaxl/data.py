@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from evograd.lab.data import fingerprint
 from evograd.lab.records import replacing
 
 DATASETS = ("toy", "ner", "sentiment")
@@ -110,6 +111,14 @@ def download_wikiann(data_dir: str, language: str) -> None:
                 for row in fetched[name]
             )
             stack.enter_context(replacing(folder / split)).write_text("\n".join(blocks), encoding="utf-8")
+
+
+def data_fingerprint(data: str, data_dir: str, source: str, target: str) -> str | None:
+    """What the record of a run says of the content of its files; None for generated languages, and if a file is missing."""
+    files = [Path(data_dir) / source / "train", *(Path(data_dir) / target / split for split in SPLITS)]
+    if data == "toy" or not all(file.is_file() for file in files):
+        return None
+    return fingerprint(*(file.read_bytes() for file in files))
 
 
 # --- two generated languages -------------------------------------------------------------------------------------------

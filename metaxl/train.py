@@ -29,7 +29,7 @@ from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything
 from evograd.measuring import flops, launches, peak_bytes
 
-from .data import DATASETS, Batch, Examples, download_wikiann, load
+from .data import DATASETS, Batch, Examples, data_fingerprint, download_wikiann, load
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
 
 # perturb: whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
@@ -433,14 +433,16 @@ def main(argv=None):
 
 
 def run(args, processes):
-    keeper = Keeper(args, "metaxl", {**cli.config_of(args), "encoder": encoder_name(args.encoder)}, processes)
     with cli.exit_on_bad_input():
-        found = keeper.start()
-        if found is None:
-            return
         with processes.first_alone():
             for language in (args.source, args.target) if args.download else ():
                 download_wikiann(args.data_dir, language)
+        read = data_fingerprint(args.data, args.data_dir, args.source, args.target)
+        config = {**cli.config_of(args), "encoder": encoder_name(args.encoder), "fingerprint": read}
+        keeper = Keeper(args, "metaxl", config, processes)
+        found = keeper.start()
+        if found is None:
+            return
         model, examples, labels = prepare(args)
     what = f"metaxl {args.data} {args.source}-{args.target} {args.method} seed {args.seed}"
     cut = {name: e.n_cut for name, e in examples.items() if e.n_cut}

@@ -154,13 +154,14 @@ def main(argv=None):
 
 
 def run(args, processes):
-    keeper = Keeper(args, "rotation", cli.config_of(args), processes)
     with cli.exit_on_bad_input():
+        if args.download and args.data == "mnist":
+            download_mnist(args.data_dir)
+        config = {**cli.config_of(args), "fingerprint": data_fingerprint(args.data, args.data_dir)}
+        keeper = Keeper(args, "rotation", config, processes)
         found = keeper.start()
         if found is None:
             return
-        if args.download:
-            download_mnist(args.data_dir)
         train, val, test = load(args.data, args.data_dir, args.device)
         for split, what in ((train, "training images"), (val, "validation images")):
             processes.check_equal_parts(min(len(split), args.batch_size), what)

@@ -498,6 +498,24 @@ def test_file_lists(lists):
     assert in_memory["metrics"] == by_workers["metrics"] and in_memory["config"] == by_workers["config"]
 
 
+def test_a_run_is_one_of_its_images(lists, capsys):
+    """Another folder with domains of the same names is other data; the same images in another place are not."""
+    train_on_files(lists, "--method", "fixed")
+    train_on_files(lists, "--method", "fixed", "--skip-done")
+    assert "nothing to do" in capsys.readouterr().out
+    (lists / "images").rename(lists / "moved")
+    for domain in "abc":
+        prepare.main(["folders", str(lists / "moved" / domain), "--domain", domain, "--out", str(lists / "lists")])
+    train_on_files(lists, "--method", "fixed", "--skip-done")
+    assert "nothing to do" in capsys.readouterr().out
+    changed = lists / "moved" / "c" / "class3" / "0.png"  # of the list that is tested on
+    Image.open(changed).rotate(180).save(changed)
+    train_on_files(lists, "--method", "fixed", "--skip-done")
+    assert "nothing to do" not in capsys.readouterr().out
+    records = [json.loads(line)["config"]["fingerprint"] for line in (lists / "runs.jsonl").read_text().splitlines()]
+    assert len(set(records)) == len(records) == 2
+
+
 def test_images_and_augmentations_go_on_where_a_stopped_run_was(lists, monkeypatch):
     """Glyphs are not augmented; of how runs are stopped and resumed, tests/test_checkpoints.py has the rest."""
     settings = ["--method", "fixed", "--episodes", "5", "--cache-gb", "0", "--workers", "1"]

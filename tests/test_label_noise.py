@@ -385,6 +385,36 @@ def test_npz_runs_with_noisy_labels(tmp_path, capsys):
     assert record["metrics"]["noise_rate"] == pytest.approx(0.2, abs=0.02)
 
 
+def test_a_run_is_one_of_its_data(tmp_path, capsys, refused):
+    """Files of one name in two folders, and one that is named as the embedded data are."""
+    files = [tmp_path / folder / "set.npz" for folder in "abc"]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        write_npz(file, y_train=(np.arange(120) + i % 2) % 4)
+    with np.load(files[2]) as read:
+        np.savez_compressed(files[2], **dict(read))  # the same content as the first, packed in another way
+    sizes = ("--meta-images", "8", "--val-images", "8", "--batch-size", "52", "--model", "small", "--skip-done")
+    sizes += ("--checkpoint", str(tmp_path / "run.pt"))
+    records = [run(tmp_path, "cross_entropy", "--data", str(file), *sizes) for file in files]
+    assert capsys.readouterr().out.count("nothing to do") == 1  # the third
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    assert len({record["config"]["fingerprint"] for record in records}) == 2
+    (tmp_path / "runs.jsonl").unlink()
+    arguments = ["--method", "cross_entropy", "--epochs", "2", "--device", "cpu", "--out", str(tmp_path / "runs.jsonl")]
+    words = ["another configuration: fingerprint", "in the checkpoint"]
+    refused(train.main, [*arguments, "--data", str(files[0]), *sizes, "--resume"], words)  # it is of the second
+    name = lambda data: train.data_name(train.parse_args(["--data", data, "--device", "cpu"]))
+    assert [name(data) for data in ("digits", "x/digits.npz", "x/cifar10_jpeg.npz")] == ["digits", "digits.npz", "cifar10_jpeg"]
+
+
+def test_embedded_data_have_no_fingerprint_and_old_records_stay_theirs(tmp_path, capsys):
+    record = run(tmp_path, "cross_entropy")
+    assert record["config"].pop("fingerprint") is None
+    (tmp_path / "runs.jsonl").write_text(json.dumps(record) + "\n")
+    run(tmp_path, "cross_entropy", "--skip-done")
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_figures(tmp_path, capsys):
     run(tmp_path, "cross_entropy")
     run(tmp_path, "evograd_guided")

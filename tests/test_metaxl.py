@@ -415,6 +415,19 @@ def test_wikiann_that_is_cut_off_leaves_no_file(tmp_path, monkeypatch):
     assert not list((tmp_path / "qu").iterdir())
 
 
+def test_a_run_is_one_of_its_files(tmp_path):
+    for folder, kind in (("a", "south"), ("b", "north"), ("c", "south")):
+        write_ner(tmp_path / folder, "en", n=5)
+        write_ner(tmp_path / folder, "xx", n=5, kind=kind)
+    a, b, c = (data.data_fingerprint("ner", str(tmp_path / folder), "en", "xx") for folder in "abc")
+    assert a == c != b
+    (tmp_path / "c" / "xx" / "test").write_text("a\tO\n")
+    assert data.data_fingerprint("ner", str(tmp_path / "c"), "en", "xx") not in (a, b)
+    assert data.data_fingerprint("toy", "", "north", "south") is None
+    (tmp_path / "c" / "xx" / "test").unlink()
+    assert data.data_fingerprint("ner", str(tmp_path / "c"), "en", "xx") is None
+
+
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 SMALL = ["--device", "cpu", "--epochs", "2", "--source-size", "36", "--target-size", "12", "--dev-size", "20"]

@@ -65,7 +65,9 @@ def test_a_broken_line_keeps_to_itself(tmp_path):
     append_run(path, "rotation", {"seed": 2}, {"accuracy": 2.0}, {}, "cpu")
     append_line(path, '{"experiment": "rotation"}')
     append_line(path, "[]")
+    append_line(path, '{"experiment": 3, "config": {}, "metrics": {}, "cost": {}, "environment": {}}')
     runs, broken = read_runs([path])
+    assert "'experiment' is not a string" in str(broken.pop())
     assert [run["metrics"]["accuracy"] for run in runs] == [1.0, 2.0]
     assert [(line.file, line.number) for line in broken] == [(str(path), 2), (str(path), 4), (str(path), 5)]
     assert "no 'config'" in str(broken[1])

@@ -161,6 +161,22 @@ def test_an_mnist_file_cut_short_is_named(packed, tmp_path):
         check_mnist(tmp_path)
 
 
+def test_mnist_of_other_content_is_other_data(tmp_path, monkeypatch):
+    fingerprint = lambda: data.data_fingerprint("mnist", str(tmp_path))
+    assert fingerprint() is None and data.data_fingerprint("digits", str(tmp_path)) is None
+    write_mnist(tmp_path)
+    first, path = fingerprint(), tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x01")
+    assert first and fingerprint() and fingerprint() != first
+    path.with_suffix(".gz").write_bytes(gzip.compress(content))
+    path.unlink()
+    assert fingerprint() == first  # packed or not
+    found = {name: data.hashlib.sha256(data._content(tmp_path, name)).hexdigest() for name in FILES}
+    monkeypatch.setattr(data, "PUBLISHED", found)
+    assert fingerprint() is None
+
+
 def test_mnist_split(tmp_path):
     write_mnist(tmp_path)
     splits = load("mnist", str(tmp_path), torch.device("cpu"))

@@ -139,6 +139,8 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[dict], list[BrokenLine]
                 missing = [field for field in FIELDS if field not in record]
                 if missing:
                     raise ValueError(f"no {', '.join(map(repr, missing))}")
+                if not isinstance(record["experiment"], str):
+                    raise ValueError("'experiment' is not a string")
                 wrong = [field for field in FIELDS[1:] if not isinstance(record[field], dict)]
                 if wrong:
                     raise ValueError(f"{', '.join(map(repr, wrong))} is not an object")
