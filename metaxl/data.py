@@ -43,46 +43,88 @@ def read_split(data: str, data_dir: str, language: str, split: str) -> list[Sent
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder} has no file {split!r} (there: {there}); {', '.join(SPLITS)} are needed")
+    raw = path.read_bytes()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = raw.decode("utf-8-sig")  # a byte-order mark is no part of the first word
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        number = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} is not UTF-8 text, in line {number}: {error}") from error
+    # str.splitlines would also cut a line at Unicode's other separators, which words may hold.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     return (_bio if data == "ner" else _sentiment)(path, lines, language)
 
 
 def _bio(path: Path, lines: list[str], language: str) -> list[Sentence]:
-    """`token<TAB>tag` or `language:token<TAB>tag` a line, an empty line after each sentence."""
+    """`word<TAB>tag` or `language:word<TAB>tag` a line, an empty line after each sentence.
+
+    Or more columns, with tabs or blanks between them, as CoNLL's files have them: the first is the word, the last its tag, and
+    what lies between is not read. Lines with -DOCSTART- and comments (# where a sentence may begin) are left out.
+    """
+    is_empty = lambda line: not line.strip(" \t") or line.startswith("-DOCSTART-")
+    first = next((line for line in lines if not is_empty(line) and not line.startswith("#")), "#\tO")
+    tabs, width = "\t" in first, len(_columns(first, "\t" in first))
     sentences, words, tags = [], [], []
     for number, line in enumerate([*lines, ""], start=1):
-        if line.strip():
-            word, tag = _two_columns(path, number, line, "token<TAB>tag")
-            if not re.fullmatch(r"O|[BI]-\S+", tag):
-                raise ValueError(f"{path}, line {number}: the tag {tag!r} is not BIO; accepted are O, B-TYPE and I-TYPE")
-            words.append(word.removeprefix(f"{language}:"))
-            tags.append(tag)
-        elif words:
-            sentences.append(Sentence(words, tags))
-            words, tags = [], []
+        if is_empty(line):
+            if words:
+                sentences.append(Sentence(words, tags))
+                words, tags = [], []
+            continue
+        where, columns = f"{path}, line {number}", _columns(line, tabs)
+        if not words and _is_comment(line, columns, tabs, width):
+            continue
+        if len(columns) == 1:
+            what = "no tab" if tabs or width == 1 else "one column"
+            raise ValueError(f"{where}: {what} in {line[:60]!r}; each line must be token<TAB>tag, or columns with the tag last")
+        if len(columns) != width:
+            raise ValueError(
+                f"{where}: {len(columns)} columns in {line[:60]!r}, and {width} in the file's first line; "
+                "all lines must have the same, the word first and its tag last"
+            )
+        if not re.fullmatch(TAG, columns[-1]):
+            raise ValueError(f"{where}: the tag {columns[-1]!r} is not BIO; accepted are O, B-TYPE and I-TYPE")
+        words.append(columns[0].removeprefix(f"{language}:"))
+        tags.append(columns[-1])
+    counted = [s for s in sentences if s.words[:2] in (["0"], ["1"], ["0", "1"], ["1", "2"])]
+    if width > 2 and len(counted) > len(sentences) / 2:
+        raise ValueError(
+            f"{path}, line {lines.index(first) + 1}: the first column counts the words, as in files of GermEval and CoNLL-U; "
+            "the word must be the first column and its tag the last"
+        )
     return sentences
+
+
+TAG = r"O|[BI]-\S+"
+
+
+def _columns(line: str, tabs: bool) -> list[str]:
+    """Where tabs are between columns, blanks are of the words."""
+    if not tabs:
+        return re.split(r"[ \t]+", line.strip(" \t"))
+    *columns, last = line.rstrip(" \t").split("\t")
+    return [*columns, last.strip(" ")]
+
+
+def _is_comment(line: str, columns: list[str], tabs: bool, width: int) -> bool:
+    """Whether a line begins with # and is no word: `# key = value`, or not in the form of the file's lines."""
+    is_word = len(columns) == width and (tabs or re.fullmatch(TAG, columns[-1])) and not re.match(r"# *\w+ *= ", line)
+    return line.startswith("#") and not is_word
 
 
 def _sentiment(path: Path, lines: list[str], language: str) -> list[Sentence]:
     """`text<TAB>label` a line."""
     sentences = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            text, label = _two_columns(path, number, line, "text<TAB>label")
+        if line.strip(" \t"):
+            columns = _columns(line, tabs=True)
+            if len(columns) != 2:
+                what = "no tab" if len(columns) == 1 else f"{len(columns)} columns"
+                raise ValueError(f"{path}, line {number}: {what} in {line[:60]!r}; each line must be text<TAB>label")
+            text, label = columns
             if label not in SENTIMENTS:
                 raise ValueError(f"{path}, line {number}: the label {label!r} is unknown; accepted are {', '.join(SENTIMENTS)}")
             sentences.append(Sentence(text.split(), [label]))
     return sentences
-
-
-def _two_columns(path: Path, number: int, line: str, form: str) -> tuple[str, str]:
-    left, tab, right = line.rpartition("\t")
-    if not tab:
-        raise ValueError(f"{path}, line {number}: no tab in {line[:60]!r}; each line must be {form}")
-    return left, right.strip()
 
 
 def download_wikiann(data_dir: str, language: str) -> None:
@@ -186,6 +228,18 @@ class Corpus:
     target: dict[str, list[Sentence]]
     labels: list[str]
 
+    def remarks(self) -> list[str]:
+        """Of kinds of entities that training has little or nothing of: they count in F1 all the same."""
+        kinds = {
+            name: {tag[2:] for s in some for tag in s.labels if tag[:2] in ("B-", "I-")}
+            for name, some in (("source", self.source), *self.target.items())
+        }
+        trained, tested = kinds["source"] | kinds["train"], kinds["dev"] | kinds["test"]
+        never = "no training sentence has one, so none can be found, and they lower F1"
+        few = f"no source sentence has one; only the {len(self.target['train'])} target sentences teach them"
+        found = ((sorted(tested - trained), never), (sorted(kinds["train"] - kinds["source"]), few))
+        return [f"entities {', '.join(names)}: {what}" for names, what in found if names]
+
 
 def load(
     data: str, data_dir: str, source: str, target: str, *, source_size: int, target_size: int, dev_size: int | None, seed: int
@@ -252,7 +306,7 @@ class Batch:
             words = slice(sum(self.counts[:a]), sum(self.counts[:b]))
             mask = None if self.attention_mask is None else self.attention_mask[a:b]
             positions = self.positions[words] - a * length
-            share = self.share * len(positions) / len(self.positions)
+            share = self.share * len(positions) / max(1, len(self.positions))
             parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], self.counts[a:b], share))
         return parts
 
@@ -276,7 +330,7 @@ class Examples:
 
         What lies beyond max_length sub-words is cut off; `n_cut` counts the sentences that lose something.
         """
-        self.sentences, self.pad = list(sentences), tokenizer.pad_token_id
+        self.sentences, self.pad = list(sentences), tokenizer.pad_token_id or 0  # the attention mask hides whatever it is
         index = {label: i for i, label in enumerate(labels)}
         # split at spaces already, so that word_ids tells which sub-words belong to which word
         encoded = tokenizer(
@@ -288,7 +342,7 @@ class Examples:
         )
         self.examples, self.n_cut = [], 0
         for i, sentence in enumerate(self.sentences):
-            owners, ids = encoded.word_ids(i), encoded["input_ids"][i]
+            owners, ids = encoded.word_ids(i), encoded["input_ids"][i] or [self.pad]  # of words without a sub-word
             if len(ids) == max_length:
                 self.n_cut += encoded.encodings[i].overflowing != []
             if task == "sentiment":

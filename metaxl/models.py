@@ -174,14 +174,32 @@ def load_encoder(encoder: str):
         prefix = {"add_prefix_space": True} if config.model_type == "roberta" else {}
         tokenizer = AutoTokenizer.from_pretrained(encoder, **prefix)
         model = AutoModel.from_pretrained(encoder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the packages that read it raise
         raise OSError(f"--encoder {encoder} could not be loaded: {str(error).strip() or type(error).__name__}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"--encoder {encoder}: its tokenizer is not a fast one, and only those tell the words of sub-words")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"--encoder {encoder} is an encoder with a decoder ({config.model_type}); encoders alone are accepted")
+    check_encoder(model, encoder)
     if getattr(model, "pooler", None) is not None:
         del model.pooler  # nothing here reads it
         model.pooler = None  # an attribute and no submodule: `higher` cannot copy submodules that are None
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_encoder(model: nn.Module, name: str) -> None:
+    """ValueError if it does not make hidden states of sub-words and of a mask."""
+    ids = torch.tensor([[1, 2, 3], [2, 1, 0]])
+    try:
+        size, _ = model.config.hidden_size, model.config.num_hidden_layers
+        states = model.eval()(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state
+        right = states.shape == (2, 3, size)
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--encoder {name} ({type(model).__name__}) is no encoder of text: {why}") from error
+    if not right:
+        raise ValueError(f"--encoder {name} ({type(model).__name__}) gives states of {tuple(states.shape)}, not (2, 3, {size})")
 
 
 def tiny_encoder(sentences: Sequence[Sentence]):
@@ -211,11 +229,12 @@ def tiny_encoder(sentences: Sequence[Sentence]):
 
 
 def longest(encoder: nn.Module, tokenizer) -> int:
-    """How many sub-words, special tokens included, the encoder takes."""
-    limit = tokenizer.model_max_length
+    """How many sub-words, special tokens included, the encoder takes; a million where nothing limits them."""
+    limit = min(tokenizer.model_max_length, 1_000_000)  # tokenizers that know no limit say 10³⁰
     table = next(
         (m for name, m in encoder.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)), None
     )
     if table is not None:  # RoBERTa's count from padding_idx + 1
-        limit = min(limit, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
-    return limit
+        return min(limit, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
+    said = getattr(encoder.config, "max_position_embeddings", None)  # of tables of other names, and of computed positions
+    return min(limit, said) if isinstance(said, int) and said > 0 else limit

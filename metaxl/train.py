@@ -300,7 +300,9 @@ def _with_plain_attention(estimate):
 
 
 def cross_entropy(scores, batch):
-    """The mean over the labelled words, in float32 at least, times the batch's share."""
+    """The mean over the labelled words, in float32 at least, times the batch's share; 0 where there are none."""
+    if not len(batch.labels):
+        return scores.sum()  # of nothing, with a graph: the mean would be NaN
     return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.labels) * batch.share
 
 
@@ -388,7 +390,7 @@ def gates(model, examples, device):
 
 
 def prepare(args):
-    """(tagger, {"source", "train", "dev", "test"}: Examples, labels). ValueError or OSError for what does not fit."""
+    """(tagger, {"source", "train", "dev", "test"}: Examples, labels, remarks). ValueError or OSError for what does not fit."""
     sizes = dict(source_size=args.source_size, target_size=args.target_size, dev_size=args.dev_size)
     corpus = load(args.data, args.data_dir, args.source, args.target, **sizes, seed=args.seed)
     seed_everything(args.seed)
@@ -413,7 +415,22 @@ def prepare(args):
         name: Examples(some, tokenizer, corpus.labels, args.max_length if name in ("source", "train") else limit, args.data)
         for name, some in sentences.items()
     }
-    return model, examples, corpus.labels
+    check_examples(examples, encoder, encoder_name(args.encoder))
+    return model, examples, corpus.labels, corpus.remarks() if args.data == "ner" else []
+
+
+def check_examples(examples, encoder, name):
+    """ValueError for sentences that the encoder cannot take or that teach nothing."""
+    for split, some in examples.items():
+        if not any(example.labels for example in some.examples):
+            raise ValueError(f"{split}: of {len(some)} sentences no word has a sub-word of {name}'s tokenizer")
+    known = encoder.get_input_embeddings().num_embeddings
+    largest = max(max(some.pad, *e.ids) for some in examples.values() for e in some.examples)
+    if largest >= known:
+        raise ValueError(
+            f"--encoder {name}: its tokenizer gives the sub-word {largest}, but the encoder knows {known} of them, from 0; "
+            "the tokenizer must be the encoder's own"
+        )
 
 
 def describe(trainer, data, start, last):
@@ -443,8 +460,10 @@ def run(args, processes):
         found = keeper.start()
         if found is None:
             return
-        model, examples, labels = prepare(args)
+        model, examples, labels, remarks = prepare(args)
     what = f"metaxl {args.data} {args.source}-{args.target} {args.method} seed {args.seed}"
+    for remark in remarks:
+        print(f"{what}: {remark}")
     cut = {name: e.n_cut for name, e in examples.items() if e.n_cut}
     if cut:
         print(f"{what}: sentences that are too long and are cut: {cut}. In dev and test the lost words count as O")

@@ -16,7 +16,7 @@ from evograd.comparison import agreement
 from evograd.lab.methods import MAIN
 from metaxl import compare, data, plot, train
 from metaxl.data import Batch, Examples, Sentence, toy_language
-from metaxl.models import RTN, Tagger, longest, tiny_encoder
+from metaxl.models import RTN, Tagger, load_encoder, longest, tiny_encoder
 from tests.test_scripts import shell
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
@@ -360,6 +360,58 @@ def test_bio_files_are_read_as_they_were_written(prefix, tmp_path):
     assert read == [Sentence(["aa:b", ":"], ["O", "B-LOC"]), Sentence(["New York"], ["I-LOC"])]
 
 
+CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n-DOCSTART- -X- -X- O\n\n# NN B-NP O\nPeter NNP B-NP B-PER\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CONLL, [(["EU", "rejects"], ["B-ORG", "O"]), (["#", "Peter"], ["O", "B-PER"])]),
+        (CONLL.replace(" ", "\t").replace("\n", "\r\n"), [(["EU", "rejects"], ["B-ORG", "O"]), (["#", "Peter"], ["O", "B-PER"])]),
+        ("# text = Vitamin O\n# Vitamin O\nVitamin  O\n# O\n", [(["Vitamin", "#"], ["O", "O"])]),
+        ("#\thttp://a.b [2009]\nNew York\tx\tB-LOC\t\n", [(["New York"], ["B-LOC"])]),
+        ("\ufeffa\tO\n", [(["a"], ["O"])]),
+        ("a\u2028b\x85c\x0bd\x1ce\xa0f\tB-PER\ng\tO\n", [(["a\u2028b\x85c\x0bd\x1ce\xa0f", "g"], ["B-PER", "O"])]),
+        ("a\xa0b O\n\u3000 O\n", [(["a\xa0b", "\u3000"], ["O", "O"])]),
+        ("#\tO\n\u200b\tO\n", [(["#", "\u200b"], ["O", "O"])]),
+    ],
+)
+def test_columns_are_read_as_the_field_reads_them(text, expected, tmp_path):
+    """No column but the first comes into a word: the others hold gold tags, too."""
+    (tmp_path / "de").mkdir()
+    (tmp_path / "de" / "train").write_bytes(text.encode())
+    assert data.read_split("ner", str(tmp_path), "de", "train") == [Sentence(*pair) for pair in expected]
+
+
+def test_kinds_that_training_lacks_are_said():
+    sentence = lambda *kinds: Sentence(["x"] * len(kinds), [f"B-{kind}" for kind in kinds])
+    corpus = data.Corpus([sentence("PER")], {"train": [sentence("PER", "DATE")], "dev": [], "test": [sentence("ORG")]}, [])
+    never, few = corpus.remarks()
+    assert "entities ORG: no training sentence has one" in never
+    assert "entities DATE: no source sentence has one; only the 1 target sentences" in few
+    corpus.target["test"], corpus.source = [sentence("DATE")], [sentence("DATE", "PER")]
+    assert corpus.remarks() == []
+
+
+def test_words_without_a_sub_word_are_o_and_teach_nothing():
+    sentences = [*toy_language("north")["train"][:20], Sentence(["\u200b", ""], ["B-PER", "O"])]
+    encoder, tokenizer = tiny_encoder(sentences[:20])
+    tokenizer.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("\u200b", "")
+    examples = Examples(sentences, tokenizer, LABELS, 64, "ner")
+    assert examples.examples[20].positions == [] and examples.examples[0].positions
+    model = Tagger(encoder, len(LABELS))
+    assert train.predict(model, examples, torch.device("cpu"), LABELS)[20] == ["O", "O"]
+    for indices in ([20, 0], [20]):
+        parts = examples.batch(indices, torch.device("cpu")).split(2)
+        losses = [train.cross_entropy(model(part), part) for part in parts]
+        assert losses[0].item() == 0 and losses[0].requires_grad
+        assert torch.stack(losses).isfinite().all()
+        sum(losses).backward()
+    whole = examples.batch([20, 0], torch.device("cpu"))
+    model.eval()
+    torch.testing.assert_close(sum(train.cross_entropy(model(part), part) for part in whole.split(2)), train.cross_entropy(model(whole), whole))
+
+
 def test_a_run_s_sentences_are_drawn_by_its_seed(tmp_path):
     draw = lambda seed: data.load("toy", "", "north", "south", source_size=50, target_size=10, dev_size=7, seed=seed)
     one, again, other = draw(1), draw(1), draw(2)
@@ -603,6 +655,12 @@ def test_run_prints_a_command_for_each_language_method_and_seed():
     [
         ("a\tO\n\nb\tPER\n", ["xx/train, line 3", "'PER' is not BIO", "B-TYPE"]),
         ("a\tO\nb O\n", ["xx/train, line 2", "no tab in 'b O'", "token<TAB>tag"]),
+        ("a NN O\nb O\n", ["xx/train, line 2", "2 columns in 'b O'", "3 in the file's first line"]),
+        ("a NN O\nb\n", ["xx/train, line 2", "one column in 'b'", "tag last"]),
+        ("New York O\nb O\n", ["xx/train, line 2", "2 columns in 'b O'", "the word first and its tag last"]),
+        ("a B-PER NN\nb O NN\n", ["xx/train, line 1", "the tag 'NN' is not BIO"]),
+        ("#\thttp://a\n1\tAnna\tB-PER\tO\n2\tx\tO\tO\n", ["xx/train, line 2", "first column counts the words", "GermEval"]),
+        (b"a\tO\nb\tO\n\xe4\tO\n", ["xx/train is not UTF-8", "line 3"]),
         ("\n\n", ["xx/train holds no sentence"]),
         ("a\tO\n", ["--target-size 12", "xx/train", "1 sentences"]),
         (b"a\tO\n\xff\tO\n", ["xx/train is not UTF-8"]),
@@ -620,8 +678,74 @@ def test_bad_files(text, words, tmp_path, refused):
     refused(train.main, [*arguments, "--device", "cpu", *SMALL, "--out", str(tmp_path / "runs.jsonl")], words)
 
 
+def encoder_folder(folder, change):
+    """A small BERT's folder after `change` of (config, model, tokenizer)."""
+    _, tokenizer = tiny_encoder(toy_language("north")["train"][:50])
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=60, pad_token_id=1,
+    )  # fmt: skip
+    model, tokenizer = change(config, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def smaller(config, tokenizer):
+    config.vocab_size = 20
+    return BertModel(config), tokenizer
+
+
+def with_a_decoder(config, tokenizer):
+    from transformers import T5Config, T5Model
+
+    return T5Model(T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)), tokenizer
+
+
+def without_layers(config, tokenizer):
+    from transformers import CLIPConfig, CLIPModel
+
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    text = {**small, "vocab_size": len(tokenizer)}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4})), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (smaller, ["its tokenizer gives the sub-word", "the encoder knows 20"]),
+        (with_a_decoder, ["is an encoder with a decoder (t5)", "encoders alone"]),
+        (without_layers, ["CLIPModel", "is no encoder of text"]),
+    ],
+)
+def test_encoders_that_do_not_fit_are_refused_before_the_run(change, words, tmp_path, refused, capsys):
+    folder = encoder_folder(tmp_path / "encoder", change)
+    arguments = ["--method", "evograd", "--encoder", folder, "--max-length", "40", *SMALL, "--out", str(tmp_path / "runs.jsonl")]
+    refused(train.main, arguments, ["--encoder", *words])
+
+
+def test_an_encoder_without_position_table_and_padding_token(tmp_path, capsys):
+    from transformers import RoFormerConfig, RoFormerModel
+
+    def computed(config, tokenizer):
+        tokenizer.pad_token, tokenizer.model_max_length = None, int(1e30)
+        small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        return RoFormerModel(RoFormerConfig(vocab_size=len(tokenizer), max_position_embeddings=70, **small)), tokenizer
+
+    folder = encoder_folder(tmp_path / "encoder", computed)
+    encoder, tokenizer = load_encoder(folder)
+    assert longest(encoder, tokenizer) == 70 and tokenizer.pad_token_id is None
+    encoder.config.max_position_embeddings = None
+    encoder.encoder.embed_positions = None
+    assert longest(encoder, tokenizer) == 1_000_000
+    assert run(tmp_path, "joint_training", "--encoder", folder, "--epochs", "1")["metrics"]["test_f1"] >= 0
+
+
 def test_bad_sentiment_files(tmp_path):
     (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "train").write_text("fine\tx\tpositive\n")
+    with pytest.raises(ValueError, match="train, line 1: 3 columns in .*; each line must be text<TAB>label"):
+        data.read_split("sentiment", str(tmp_path), "en", "train")
     (tmp_path / "en" / "train").write_text("fine\tpositive\nso so\tneutral\n")
     with pytest.raises(ValueError, match="train, line 2: the label 'neutral' is unknown; accepted are negative, positive"):
         data.read_split("sentiment", str(tmp_path), "en", "train")
