@@ -65,9 +65,20 @@ class Images:
         return pixels.expand(-1, 3, -1, -1).unflatten(0, index.shape)
 
     def cache(self) -> None:
-        """Decode all images, once."""
+        """Decode all images, once. ValueError names every file that is none, or not whole."""
+        broken = []
+
+        def pixels(name: str) -> Tensor | None:
+            try:
+                return decode(name, self.size)
+            except ValueError as error:
+                broken.append(str(error))
+
         with ThreadPoolExecutor(4) as pool:
-            self.pixels = torch.stack(list(pool.map(lambda name: decode(name, self.size), self.names, chunksize=64)))
+            decoded = list(pool.map(pixels, self.names, chunksize=64))
+        if broken:
+            raise ValueError(f"{self.domain}/{self.split}: {len(broken)} of {len(decoded)} images: {'; '.join(sorted(broken))}")
+        self.pixels = torch.stack(decoded)
 
     def episode(self, rng: np.random.Generator, n_way: int, n_images: int) -> np.ndarray:
         """Indices (n_way, n_images): n_way classes, n_images different images of each."""
@@ -88,15 +99,33 @@ class Images:
 
 
 def decode(name: str, size: int) -> Tensor:
-    """An image file -> (3, size, size) uint8: the shorter side scaled to `size`, the middle cut out."""
+    """An image file -> (3, size, size) uint8: the shorter side scaled to `size`, the middle cut out. ValueError names the file."""
     from PIL import Image
 
-    with Image.open(name) as image:
-        image = image.convert("RGB")
+    image = open_image(name)
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
     left, top = ((side - size) // 2 for side in image.size)
     return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1).contiguous()
+
+
+def open_image(name: str | Path):
+    """A file -> a PIL image in RGB, upright. ValueError names a file that is no image, or not whole."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(name) as opened:
+            image = ImageOps.exif_transpose(opened)  # cameras write how they were held, and turn nothing
+            if image.mode.startswith("I"):  # 16 bits: PIL would cut off at 255
+                pixels = np.asarray(image).astype(np.int64)
+                return Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is empty" if not Path(name).stat().st_size else f"{name} is no image") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from error
 
 
 def load_domain(data: str, data_dir: str, domain: str, split: str, image_size: int) -> Images:
@@ -125,6 +154,9 @@ def load_domain(data: str, data_dir: str, domain: str, split: str, image_size: i
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
         raise FileNotFoundError(f"{path}: {len(missing)} of {len(names)} images are missing, first {', '.join(missing[:3])}")
+    empty = [name for name in names if not Path(name).stat().st_size]
+    if empty:
+        raise ValueError(f"{path}: {len(empty)} of {len(names)} images are empty files: {', '.join(empty)}")
     return Images(domain, split, labels, names, round(MARGIN * image_size))
 
 

@@ -67,7 +67,7 @@ def main(argv=None):
         settings.n_shot, settings.n_query = args.n_shot or settings.n_shot, args.n_query or settings.n_query
         images = load_domain(args.data, args.data_dir, args.domain, args.split, settings.image_size)
         images.check(settings.n_way, settings.n_shot + settings.n_query)
-    n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
+        n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
     results = [score(model, images, settings, args.episodes, args.seed, n_workers) for model, _ in models]
     for path, (_, config), accuracies in zip(args.checkpoints, models, results):
         mean, half_width = interval(accuracies)

@@ -4,15 +4,21 @@
     python -m cross_domain_fewshot.prepare folders DIR --domain mine --out data      a folder of images, one folder a class
 
 Of four classes in order two are base, one val, one novel (miniImagenet has its own split). Where to get the data: README.md.
-What the publisher's data must hold is checked; nothing is copied, so the images must stay where they are.
+What the publisher's data must hold is checked, and every image is decoded once; nothing is copied, so the images must stay
+where they are. Hidden files and folders are left out.
 """
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 from evograd.lab import cli
 from evograd.lab.records import write_text
+
+from .data import open_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLITS = ("base", "val", "novel")
@@ -27,13 +33,34 @@ EXPECTED = {
 
 
 def class_folders(root, at_most=None):
-    """{class: images} of a folder with one folder a class, both in order."""
-    folders = sorted(p for p in Path(root).iterdir() if p.is_dir())
-    images = {p.name: sorted(f for f in p.iterdir() if f.suffix.lower() in SUFFIXES)[:at_most] for p in folders}
+    """{class: images} of a folder with one folder a class, both in order. Hidden ones, and what systems leave, are none."""
+    folders = sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+    images = {p.name: sorted(f for f in p.iterdir() if is_image(f))[:at_most] for p in folders}
     images = {name: files for name, files in images.items() if files}
     if not images:
         raise ValueError(f"{root} has no folder with images ({', '.join(SUFFIXES)}) in it; one folder a class is needed")
     return images
+
+
+def is_image(path):
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def check_images(files):
+    """ValueError that names every file that cannot be decoded: here, and not in the middle of a training."""
+
+    def why(path):
+        try:
+            open_image(path)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = tqdm(pool.map(why, files, chunksize=16), total=len(files), desc="images", unit="image", mininterval=1)
+        broken = [message for message in found if message]
+    if broken:
+        lines = "\n  ".join(broken)
+        raise ValueError(f"{len(broken)} of {len(files):,} images cannot be used; take them away or mend them:\n  {lines}")
 
 
 def alternate(classes):
@@ -133,6 +160,7 @@ def main(argv=None):
         for what, n, needed in zip(("classes", "images"), found, EXPECTED.get(args.kind, (None, None))):
             if needed is not None and n != needed:
                 raise ValueError(f"{root} gives {n:,} {what} for {args.kind}; {needed:,} are needed. Is it unpacked whole?")
+        check_images([f for files in classes.values() for f in files])
         write_lists(args.out, args.domain, classes, split_of)
 
 

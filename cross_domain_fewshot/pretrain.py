@@ -80,7 +80,7 @@ def main(argv=None):
         found = keeper.resume()
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
-    n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
+        n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
     classifier = nn.Linear(encoder.channels, len(images.classes)).to(args.device)
     optimizer = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], lr=args.lr)
     batches = Batches(images, args.seed, args.batch_size)

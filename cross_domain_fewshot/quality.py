@@ -49,8 +49,8 @@ def main(argv=None):
         trainer = Trainer(settings, state["n_classes"])
         trainer.model.load_state_dict(state["model"])
         domains = [load_domain(config["data"], args.data_dir, name, "base", config["image_size"]) for name in config["seen"]]
+        n_workers = 0 if cache_if_small(domains, 4.0) else 2
     seed_everything(args.seed)
-    n_workers = 0 if cache_if_small(domains, 4.0) else 2
     n_images = config["n_shot"] + config["n_query"]
     # Other episodes than those that it was trained on, each pair from domains of its own.
     steps = TrainingSteps(domains, args.seed + 10_000, 1, config["n_way"], n_images, 1, with_unseen=True)

@@ -324,7 +324,7 @@ def run(args, processes):
         trainer = Trainer(args, n_classes, processes)
         if args.encoder:
             load_encoder(trainer.model, args)
-    in_memory = cache_if_small([*domains, test], args.cache_gb)
+        in_memory = cache_if_small([*domains, test], args.cache_gb)
     n_workers = 0 if in_memory else args.workers
 
     n_steps = args.epochs * args.episodes

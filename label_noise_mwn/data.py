@@ -6,6 +6,7 @@ import os
 import pickle
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,6 +248,15 @@ def _check_source(source: Source) -> None:
                 f"{name} has labels from {int(y.min())} to {int(y.max())}; "
                 f"0 to {n_classes - 1} are accepted, the classes of y_train"
             )
+    missing = sorted(set(range(n_classes)) - set(source.y_train.tolist()))
+    if missing:
+        first = int(source.y_train.min())
+        advice = f"; subtract {first} from all labels" if missing == list(range(first)) else "; number the classes without gaps"
+        some = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise ValueError(
+            f"y_train has labels from {first} to {n_classes - 1}, but no image of class {some}; "
+            f"every class from 0 to {n_classes - 1} must have some{advice}"
+        )
     if source.superclasses is not None and source.superclasses.shape != (n_classes,):
         shape = tuple(source.superclasses.shape)
         raise ValueError(f"superclasses is {shape}; shape ({n_classes},) is accepted, one for each class")
@@ -315,9 +325,19 @@ def _npz(path: Path) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        with open(path, "rb") as opened:
+            file = np.load(opened)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it is one array, as np.save writes it; np.savez writes several with their names")
+            arrays = {}
+            for name in file.files:
+                try:
+                    arrays[name] = file[name]
+                except ValueError as error:
+                    if "Object arrays" not in str(error):
+                        raise
+                    raise ValueError(f"{name} is an array of Python objects; arrays of numbers are accepted") from error
+    except (ValueError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole npz file: {error}") from error
     needed = ("x_train", "y_train", "x_test", "y_test")
     missing = [name for name in needed if name not in arrays]

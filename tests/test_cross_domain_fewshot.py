@@ -498,6 +498,63 @@ def test_file_lists(lists):
     assert in_memory["metrics"] == by_workers["metrics"] and in_memory["config"] == by_workers["config"]
 
 
+def half_white(mode):
+    """The left half is black, the right one is white."""
+    image = Image.new(mode, (40, 20), {"CMYK": (0, 0, 0, 255)}.get(mode, 0))
+    image.paste({"I;16": 65535, "RGB": (255,) * 3, "CMYK": (0,) * 4, "RGBA": (255,) * 4, "LA": (255, 255)}.get(mode, 255), (20, 0, 40, 20))
+    return image
+
+
+@pytest.mark.parametrize("kind", ["L", "RGB", "CMYK", "P", "P with transparency", "LA", "RGBA", "16", "1", "turned"])
+def test_images_of_every_kind_look_as_they_are(kind, tmp_path):
+    path = tmp_path / ("image.jpg" if kind in ("CMYK", "turned") else "image.png")
+    if kind == "16":
+        pixels = np.zeros((20, 40), np.uint16)
+        pixels[:, 20:], pixels[:, 10:20] = 65535, 0x3F00  # dark grey
+        Image.fromarray(pixels).save(path)
+    elif kind.startswith("P"):
+        half_white("RGB").convert("P").save(path, **({"transparency": bytes([255, 128])} if "with" in kind else {}))
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was turned by 90 degrees
+        half_white("RGB").transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    else:
+        half_white(kind).save(path)
+    left, right = data.decode(str(path), 20).float().mean((0, 1)).split(10)
+    assert left.mean() < (70 if kind == "16" else 10) and right.mean() > 245
+    assert kind != "16" or left.mean() > 50
+
+
+def test_what_systems_leave_among_images_is_no_class(tmp_path, capsys):
+    root = tmp_path / "set"
+    for name in ("a", "b", ".hidden", "__MACOSX"):
+        (root / name).mkdir(parents=True)
+        half_white("L").save(root / name / "1.png")
+        (root / name / "._1.png").write_bytes(b"\0\5\x16\7")
+        (root / name / "Thumbs.db").write_bytes(b"x")
+        (root / name / "folder.png").mkdir()
+    found = prepare.class_folders(root)
+    assert {name: [f.name for f in files] for name, files in found.items()} == {"a": ["1.png"], "b": ["1.png"]}
+
+
+def test_broken_images_are_named_all_of_them_before_the_run(lists, refused):
+    folder = lists / "images" / "a"
+    noise = np.random.default_rng(1).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "class0" / "4.jpg")
+    whole = (folder / "class0" / "4.jpg").read_bytes()
+    (folder / "class0" / "4.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "class1" / "0.png").write_bytes(b"")
+    (folder / "class2" / "1.png").write_bytes(b"<html>")
+    arguments = ["folders", str(folder), "--domain", "new", "--out", str(lists / "lists")]
+    text = refused(prepare.main, arguments, ["3 of 33 images cannot be used", "class0/4.jpg cannot be read", "truncated"])
+    assert "class1/0.png is empty" in text and "class2/1.png is no image" in text
+    assert not (lists / "lists" / "new").exists()
+    train = lambda extra: train_on_files(lists, *extra)
+    assert "a/base.json: 1 of 16 images" not in refused(train, [], ["a/base: 1 of 16 images", "class2/1.png is no image"])
+    (folder / "class2" / "1.png").write_bytes(b"")
+    refused(train, [], ["a/base.json: 1 of 16 images are empty files", "class2/1.png"])
+
+
 def test_a_run_is_one_of_its_images(lists, capsys):
     """Another folder with domains of the same names is other data; the same images in another place are not."""
     train_on_files(lists, "--method", "fixed")

@@ -517,6 +517,9 @@ def make_fake_task():
         ({"y_noisy": np.arange(120)}, ["y_noisy has labels from 0 to 119", "0 to 3"]),
         ({"y_noisy": np.arange(7) % 4}, ["y_noisy is (7,)"]),
         ({"superclasses": np.array([0, 1])}, ["superclasses is (2,)", "(4,)"]),
+        ({"y_train": np.arange(120) % 4 + 1}, ["y_train has labels from 1 to 4", "no image of class 0", "subtract 1 from all"]),
+        ({"y_train": np.arange(120) % 3 * 2}, ["y_train has labels from 0 to 4", "class 1, 3;", "without gaps"]),
+        ({"y_train": np.array([None] * 120)}, ["y_train is an array of Python objects", "numbers are accepted"]),
         ({"superclasses": np.arange(4), "noise": "hierarchical"}, ["class 0 is alone in its superclass 0"]),
     ],
 )
@@ -525,6 +528,13 @@ def test_an_npz_that_does_not_fit(changes, words, tmp_path, refused):
     path = write_npz(tmp_path / "set.npz", **changes)
     arguments = ["--data", path, "--noise", noise, "--meta-images", "4", "--val-images", "4", "--device", "cpu"]
     refused(train.main, [*arguments, "--out", str(tmp_path / "runs.jsonl")], words)
+
+
+def test_an_array_alone_is_no_npz(tmp_path, refused):
+    np.save(tmp_path / "set.npy", np.zeros(3))
+    path = (tmp_path / "set.npy").rename(tmp_path / "set.NPZ")
+    arguments = ["--data", str(path), "--device", "cpu", "--out", str(tmp_path / "runs.jsonl")]
+    refused(train.main, arguments, ["set.NPZ is not a whole npz file", "one array, as np.save", "np.savez"])
 
 
 def test_an_npz_cut_short(tmp_path, capsys):

@@ -735,8 +735,7 @@ def test_an_encoder_without_position_table_and_padding_token(tmp_path, capsys):
     folder = encoder_folder(tmp_path / "encoder", computed)
     encoder, tokenizer = load_encoder(folder)
     assert longest(encoder, tokenizer) == 70 and tokenizer.pad_token_id is None
-    encoder.config.max_position_embeddings = None
-    encoder.encoder.embed_positions = None
+    encoder.config.max_position_embeddings = -1
     assert longest(encoder, tokenizer) == 1_000_000
     assert run(tmp_path, "joint_training", "--encoder", folder, "--epochs", "1")["metrics"]["test_f1"] >= 0
 

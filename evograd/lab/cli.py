@@ -191,7 +191,7 @@ def finish_comparison(
 
 def _dataset(names: Sequence[str], suffix: str | None, accepted: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if text in names or (suffix and text.endswith(suffix)):
+        if text in names or (suffix and text.lower().endswith(suffix)):
             return text
         raise argparse.ArgumentTypeError(f"{text!r} given; accepted: {accepted}")
 
