@@ -13,10 +13,10 @@ TEST_SEED = 0  # of the episodes that train.py tests on: the same for all method
 
 
 @torch.no_grad()
-def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE):
+def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE, look=lambda: None):
     """Accuracy (%) of each test episode, (n_episodes,) on the CPU. settings: has n_way, n_shot, n_query, image_size.
 
-    Several processes take turns, and each gets all accuracies, those of the first process first.
+    Several processes take turns, and each gets all accuracies, those of the first process first. look: called before each.
     """
     episodes = TestEpisodes(images, seed, settings.n_way, settings.n_shot + settings.n_query)
     device = next(model.parameters()).device
@@ -25,6 +25,7 @@ def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE)
     own = range(processes.rank, n_episodes, processes.size)
     loader = stream(episodes, own, n_workers, pin=device.type == "cuda")
     for episode in processes.progress(loader, total=len(own), desc=f"test on {images.domain}", unit="episode"):
+        look()
         scores = model(centred(episode.to(device), settings.image_size), settings.n_shot)
         correct.append((scores.argmax(1) == episode_targets(scores)).float().mean())
     correct = torch.stack(correct).cpu() if correct else torch.empty(0)  # fewer episodes than processes

@@ -358,11 +358,15 @@ def run(args, processes):
                 means = zip(("gamma", "beta"), history[-1]) if learns else ()
                 keeper.show(loss=keeper.mean(losses), **{name: sum(values) / len(values) for name, values in means})
 
-    accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers, processes)
-    metrics = describe(trainer, history, accuracies) | {"train_loss": torch.stack(losses).mean()}
-    keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps})
-    result = f"{metrics['accuracy']:.2f} ± {metrics['interval']:.2f} % of {args.test_episodes} episodes"
-    print(f"{run_name(args)}: {result}, {keeper.clock.seconds:.0f} s")
+        with keeper.paused():
+            accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers, processes, keeper.look)
+            metrics = describe(trainer, history, accuracies) | {"train_loss": torch.stack(losses).mean()}
+            keeper.show(accuracy=metrics["accuracy"])
+            result = f"{metrics['accuracy']:.2f} ± {metrics['interval']:.2f} % of {args.test_episodes} episodes"
+            print(f"{run_name(args)}: {result}, {keeper.clock.seconds:.0f} s")
+            labels = [*range(args.n_way)] * (args.n_query * args.test_episodes)
+            cli.say_if_chance(run_name(args), metrics["accuracy"], labels, "More --epochs, --episodes or an --encoder may help.")
+            keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps})
 
 
 if __name__ == "__main__":

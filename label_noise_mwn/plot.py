@@ -60,8 +60,8 @@ def plot_accuracy(runs, path, every):
             mine = [r["metrics"] for r in runs if r["config"]["method"] == method and noise_of(r["config"]) == noise]
             if not mine:
                 continue
-            epochs = range(1, len(mine[0]["test_accuracy"]) + 1)
-            values = list(zip(*(metrics["test_accuracy"] for metrics in mine)))
+            values = enumerate(zip(*(metrics["test_accuracy"] for metrics in mine)), start=1)
+            epochs, values = zip(*((epoch, v) for epoch, v in values if None not in v))  # with --eval-every not all have one
             mean = [statistics.fmean(v) for v in values]
             axis.plot(epochs, mean, color=COLOUR[method], lw=1.5, label=title)
             if len(mine) > 1:

@@ -68,6 +68,7 @@ def parse_args(argv=None):
     add("--val-images", type=cli.at_least(1), metavar="N", help="clean images that choose the best epoch; default: likewise")
     add("--model", choices=list(MODELS), help="default: resnet32, digits small (a ResNet-8 of 8, 16, 32 channels)")
     add("--epochs", type=cli.at_least(1), help="default: 60; the rate is divided by 10 after 2/3 and after 5/6 of them")
+    add("--eval-every", type=cli.at_least(1), metavar="N", help="validate and test every N epochs, and after the last; default: 1")
     add("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
     add("--lr", type=cli.positive, help="of the model's SGD (Nesterov 0.9, weight decay 5e-4); default: 0.1, digits 0.05")
     add("--crop-padding", type=cli.at_least(0), metavar="N", help="reflected pixels around a random crop; default: 4, digits 1")
@@ -223,11 +224,12 @@ class Trainer:
 
 
 @torch.no_grad()
-def losses_and_accuracy(model, task, split):
-    """((n,) losses, per cent of correct labels), in eval mode and without augmentation."""
+def losses_and_accuracy(model, task, split, look=lambda: None):
+    """((n,) losses, per cent of correct labels), in eval mode and without augmentation. look: called before each batch."""
     model.eval()
     losses, correct = [], 0
     for images, labels in zip(split.images.split(1000), split.labels.split(1000)):
+        look()
         logits = model(task.normalize(images))
         losses.append(F.cross_entropy(logits, labels, reduction="none"))
         correct += (logits.argmax(1) == labels).sum()
@@ -252,9 +254,10 @@ def describe_weights(net, losses, noisy):
     }
 
 
-def describe(trainer, task, curves, weight_curves):
-    """The metrics of a run that has ended."""
-    best = max(range(len(curves["val_accuracy"])), key=lambda epoch: curves["val_accuracy"][epoch])
+def describe(trainer, task, curves, weight_curves, look=lambda: None):
+    """The metrics of a run that has ended. Of the epochs that were not evaluated, curves have None."""
+    evaluated = [epoch for epoch, accuracy in enumerate(curves["val_accuracy"]) if accuracy is not None]
+    best = max(evaluated, key=lambda epoch: curves["val_accuracy"][epoch])
     noisy = task.train.labels != task.train.clean
     metrics = {
         "test_accuracy_last": curves["test_accuracy"][-1],
@@ -269,7 +272,7 @@ def describe(trainer, task, curves, weight_curves):
         return metrics
     return {
         **metrics,
-        **describe_weights(trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train)[0], noisy),
+        **describe_weights(trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train, look)[0], noisy),
         "weight_losses": [round(value, 3) for value in LOSS_GRID.tolist()],
         "weight_curves": {e: [round(w, 4) for w in curve.tolist()] for e, curve in weight_curves.items()},
         **trainer.meta.metrics(),
@@ -318,28 +321,49 @@ def run(args, processes):
         "weight_curves": weight_curves,
         "losses": losses,
     }
+
+    def evaluate(epoch):
+        """Accuracies after this epoch, if it is its turn; the curves get them together, when both are there."""
+        seen = {}
+        if epoch % (args.eval_every or 1) == 0 or epoch == args.epochs:
+            seen = {part: losses_and_accuracy(trainer.model, task, getattr(task, part), keeper.look) for part in ("val", "test")}
+        for part in ("val", "test"):
+            curves[f"{part}_accuracy"].append(seen[part][1] if seen else None)
+        if epoch in kept_epochs:
+            weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
+        shown = {name: values[-1] for name, values in curves.items() if values[-1] is not None}
+        if seen and trainer.meta.learns:  # of the validation images, whose labels are right
+            shown["weight"] = learned_weights(trainer.weight_net, seen["val"][0]).mean().item()
+        keeper.show(**shown)
+
+    def step_alone():
+        keeper.look()
+        return trainer.step()
+
     with keeper:
+        if len(curves["train_loss"]) > len(curves["val_accuracy"]):  # the run was stopped while it evaluated
+            evaluate(len(curves["train_loss"]))
         for step in keeper.steps(args.epochs * steps_an_epoch, state, label):
             losses.append(trainer.step())
             if (step + 1) % steps_an_epoch:
                 continue
-            epoch = (step + 1) // steps_an_epoch
             scheduler.step()
             curves["train_loss"].append(keeper.mean(losses))
             losses = []
-            for part in ("val", "test"):
-                curves[f"{part}_accuracy"].append(losses_and_accuracy(trainer.model, task, getattr(task, part))[1])
-            keeper.show(**{name: values[-1] for name, values in curves.items()})
-            if epoch in kept_epochs:
-                weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
+            evaluate((step + 1) // steps_an_epoch)
 
-    metrics = describe(trainer, task, curves, weight_curves)
-    args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
-    keeper.record(metrics, step_cost(measure(trainer.step, repeats=5, warmup=1)))
-    auc = metrics.get("weight_auc")
-    result = f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {metrics['test_accuracy_best']:.2f} % at the best"
-    result += f" epoch ({metrics['best_epoch']})" + ("" if auc is None else f", area under the ROC curve of the weights {auc:.3f}")
-    print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
+        with keeper.paused():
+            metrics = describe(trainer, task, curves, weight_curves, keeper.look)
+            auc, best = metrics.get("weight_auc"), metrics["test_accuracy_best"]
+            keeper.show(test_accuracy_best=best, **({} if auc is None else {"weight_auc": auc}))
+            result = f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {best:.2f} % at the best"
+            result += f" epoch ({metrics['best_epoch']})"
+            result += "" if auc is None else f", area under the ROC curve of the weights {auc:.3f}"
+            print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
+            last, labels = metrics["test_accuracy_last"], task.test.labels.tolist()
+            cli.say_if_chance(label, last, labels, "A lower --lr or more --epochs may help.")
+            args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
+            keeper.record(metrics, {}, lambda: step_cost(measure(step_alone, repeats=5, warmup=1)))
 
 
 if __name__ == "__main__":

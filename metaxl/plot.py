@@ -43,9 +43,9 @@ def plot_dev_f1(languages, path):
     figure, axes = plt.subplots(1, len(languages), figsize=(1 + 3.4 * len(languages), 3.6), layout="constrained", squeeze=False)
     for axis, (language, runs) in zip(axes[0], languages.items()):
         for method, group in seeds_of_methods(runs).items():
-            epochs = zip(*(run["metrics"]["dev_f1_epochs"] for run in group))
+            epochs = enumerate(zip(*(run["metrics"]["dev_f1_epochs"] for run in group)), start=1)
+            x, epochs = zip(*((epoch, values) for epoch, values in epochs if None not in values))  # with --eval-every not all
             means, stds, _ = zip(*(mean_std(values) for values in epochs))
-            x = range(1, len(means) + 1)
             axis.plot(x, means, color=LINES[method], marker="o", ms=3, lw=1.4, label=f"{TITLES[method]} (n = {len(group)})")
             if stds[0] is not None:
                 low, high = ([m + sign * s for m, s in zip(means, stds)] for sign in (-1, 1))

@@ -69,6 +69,9 @@ def parse_args(argv=None):
     parser.add_argument("--dev-size", type=cli.at_least(1), help="dev sentences, the first ones; default: all")
     parser.add_argument("--max-length", type=cli.at_least(4), help=f"sub-words of a training sentence; {by_data('max_length')}")
     parser.add_argument("--epochs", type=cli.at_least(1), help=f"of the source sentences; {by_data('epochs')}")
+    parser.add_argument(
+        "--eval-every", type=cli.at_least(1), metavar="N", help="dev F1 every N epochs, and after the last; default: 1"
+    )
     parser.add_argument("--batch-size", type=cli.at_least(2), default=12, help="source sentences, and as many target sentences")
     parser.add_argument("--accumulate", type=cli.at_least(1), default=1, metavar="N", help="work a batch off in N parts")
     parser.add_argument("--amp", action="store_true", help="the model's update under autocast to bfloat16")
@@ -340,12 +343,16 @@ class Steps:
 
 
 @torch.no_grad()
-def predict(model, examples, device, labels, batch_size=32):
-    """The predicted labels of every sentence, as the sentences have them. Words that were cut off are "O"."""
+def predict(model, examples, device, labels, batch_size=32, look=lambda: None):
+    """The predicted labels of every sentence, as the sentences have them. Words that were cut off are "O".
+
+    look: called before each batch.
+    """
     model.eval()
     order = sorted(range(len(examples)), key=lambda i: len(examples.examples[i].ids))
     predicted = []
     for start in range(0, len(order), batch_size):
+        look()
         predicted.append(model(examples.batch(order[start : start + batch_size], device)).argmax(1))
     model.train()
     predicted = iter(torch.cat(predicted).tolist())
@@ -473,7 +480,7 @@ def run(args, processes):
     start_of_lambda = [p.detach().clone() for p in trainer.hyperparameters]
     data = Steps(args, examples["source"], examples["train"])
     gold = {split: [s.labels for s in examples[split].sentences] for split in ("dev", "test")}
-    score = lambda split: f1(args.data, gold[split], predict(model, examples[split], args.device, labels))
+    score = lambda split: f1(args.data, gold[split], predict(model, examples[split], args.device, labels, look=keeper.look))
 
     # losses: of this epoch, tensors on the device, read at its end
     seen = {"dev_f1": [], "losses": [], "best": None, "best_epoch": None, "epoch_losses": []}
@@ -483,33 +490,61 @@ def run(args, processes):
         seen = {name: found[name] for name in seen}
         seen["epoch_losses"] = [loss.to(args.device) for loss in seen["epoch_losses"]]
     state = lambda: {"trainer": trainer.state_dict(), "data": data.state_dict(), **seen}
+
+    def evaluate(epoch):
+        """Dev F1 after this epoch, if it is its turn."""
+        with keeper.paused():
+            now = epoch % (args.eval_every or 1) == 0 or epoch == args.epochs
+            found = score("dev") if now else None
+            seen["dev_f1"].append(found)
+            if now and found == max(evaluated()):  # of equal ones the last
+                seen["best"] = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+                seen["best_epoch"] = epoch
+            shown = {"dev_f1": found} if now else {}
+            if keeper.board is not None and now and trainer.meta.learns:
+                for language, some in languages.items():
+                    means = gates(model, some, args.device).values()
+                    shown[f"gate_{language}"] = sum(means) / len(means)
+            keeper.show(loss=seen["losses"][-1], **shown)
+
+    def step_alone():
+        keeper.look()
+        return trainer.step(next(data))
+
+    evaluated = lambda: [found for found in seen["dev_f1"] if found is not None]
+    languages = {args.source: examples["source"], args.target: examples["dev"]}
     with keeper:
+        if len(seen["losses"]) > len(seen["dev_f1"]):  # the run was stopped while it evaluated
+            evaluate(len(seen["losses"]))
         for step in keeper.steps(n_steps, state, what):
             seen["epoch_losses"].append(trainer.step(next(data)))
             if (step + 1) % steps_an_epoch:
                 continue
             seen["losses"].append(keeper.mean(seen["epoch_losses"]))
             seen["epoch_losses"] = []
-            with keeper.paused():
-                seen["dev_f1"].append(score("dev"))
-                keeper.show(loss=seen["losses"][-1], dev_f1=seen["dev_f1"][-1])
-                if seen["dev_f1"][-1] == max(seen["dev_f1"]):  # of equal ones the last
-                    seen["best"] = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
-                    seen["best_epoch"] = (step + 1) // steps_an_epoch
+            evaluate((step + 1) // steps_an_epoch)
 
-    last = [p.detach().clone() for p in trainer.hyperparameters]
-    model.load_state_dict(seen["best"])
-    metrics = {"test_f1": score("test"), "dev_f1": max(seen["dev_f1"]), "best_epoch": seen["best_epoch"]}
-    metrics |= {"dev_f1_epochs": seen["dev_f1"], "train_loss_epochs": seen["losses"]}
-    if trainer.meta.learns:
-        languages = {args.source: examples["source"], args.target: examples["dev"]}
-        metrics |= describe(trainer, languages, start_of_lambda, last)
-    args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
-    step = lambda: trainer.step(next(data))
-    cost = {"peak_bytes": peak_bytes(step), "flops": flops(step), "launches": launches(step)}
-    keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps, **cost})
-    result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {metrics['best_epoch']})"
-    print(f"{what}: {result}, {keeper.clock.seconds:.0f} s")
+        with keeper.paused():
+            seconds = {"seconds_per_step": keeper.clock.seconds / n_steps}
+            last = [p.detach().clone() for p in trainer.hyperparameters]
+            trained = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+            model.load_state_dict(seen["best"])
+            try:
+                metrics = {"test_f1": score("test"), "dev_f1": max(evaluated()), "best_epoch": seen["best_epoch"]}
+            except BaseException:
+                model.load_state_dict(trained)  # a checkpoint holds these
+                raise
+            metrics |= {"dev_f1_epochs": seen["dev_f1"], "train_loss_epochs": seen["losses"]}
+            if trainer.meta.learns:
+                metrics |= describe(trainer, languages, start_of_lambda, last)
+            keeper.show(test_f1=metrics["test_f1"])
+            result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {metrics['best_epoch']})"
+            print(f"{what}: {result}, {keeper.clock.seconds:.0f} s")
+            if not metrics["test_f1"]:
+                print(f"{what}: nothing was found rightly: nothing was learned. More --epochs or another --lr may help.")
+            args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
+            measures = {"peak_bytes": peak_bytes, "flops": flops, "launches": launches}
+            keeper.record(metrics, seconds, lambda: {name: measured(step_alone) for name, measured in measures.items()})
 
 
 if __name__ == "__main__":

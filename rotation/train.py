@@ -38,6 +38,7 @@ METHODS = table(
     learned("neumann", inner_lr=1e-3),
     learned("conjugate_gradient"),
 )
+TESTED = {"accuracy_rotated": TRUE_ANGLE, "accuracy_upright": 0}  # how the test images are turned
 EPOCHS = {"digits": 20, "mnist": 5}  # of 7 and 312 steps
 
 
@@ -130,9 +131,12 @@ def rotated(split, angle):
 
 
 @torch.no_grad()
-def accuracy(model, images, labels):
-    """Per cent of the images that the model classifies correctly."""
-    correct = sum((model(x).argmax(1) == y).sum() for x, y in zip(images.split(1000), labels.split(1000)))
+def accuracy(model, images, labels, look=lambda: None):
+    """Per cent of the images that the model classifies correctly. look: called before each batch."""
+    correct = 0
+    for x, y in zip(images.split(1000), labels.split(1000)):
+        look()
+        correct += (model(x).argmax(1) == y).sum()
     return 100 * correct.item() / len(labels)
 
 
@@ -185,20 +189,25 @@ def run(args, processes):
             losses.append(trainer.step())
             angles.append(trainer.angle.detach().clone())
             if step % 50 == 0 or step + 1 == n_steps:
-                keeper.show(loss=keeper.mean(losses[-50:]), angle=math.degrees(angles[-1].item()))
+                angle = {"angle": math.degrees(angles[-1].item())} if trainer.meta.learns else {}
+                keeper.show(loss=keeper.mean(losses[-50:]), **angle)
 
-    metrics = {
-        "accuracy_rotated": accuracy(trainer.model, *rotated(test, TRUE_ANGLE)),
-        "accuracy_upright": accuracy(trainer.model, *rotated(test, 0)),
-        "train_loss": torch.stack(losses[-steps_an_epoch:]).mean(),
-    }
-    if trainer.meta.learns:
-        metrics |= describe_angles(torch.rad2deg(torch.stack(angles)).tolist(), steps_an_epoch) | trainer.meta.metrics()
-    args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
-    keeper.record(metrics, step_cost(measure(trainer.step, repeats=5, warmup=1)))
-    result = f"{metrics['accuracy_rotated']:.2f} % rotated, {metrics['accuracy_upright']:.2f} % upright"
-    result += f", angle {metrics['angle']:.1f} degrees" if "angle" in metrics else ""
-    print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
+        def step():
+            keeper.look()
+            return trainer.step()
+
+        with keeper.paused():
+            found = {name: accuracy(trainer.model, *rotated(test, angle), keeper.look) for name, angle in TESTED.items()}
+            metrics = found | {"train_loss": torch.stack(losses[-steps_an_epoch:]).mean()}
+            if trainer.meta.learns:
+                metrics |= describe_angles(torch.rad2deg(torch.stack(angles)).tolist(), steps_an_epoch) | trainer.meta.metrics()
+            keeper.show(**found)
+            result = f"{metrics['accuracy_rotated']:.2f} % rotated, {metrics['accuracy_upright']:.2f} % upright"
+            result += f", angle {metrics['angle']:.1f} degrees" if "angle" in metrics else ""
+            print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
+            cli.say_if_chance(label, max(found.values()), test.labels.tolist(), "A lower --lr or more --epochs may help.")
+            args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
+            keeper.record(metrics, {}, lambda: step_cost(measure(step, repeats=5, warmup=1)))
 
 
 if __name__ == "__main__":

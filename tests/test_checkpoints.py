@@ -28,6 +28,12 @@ TINY = {
 N_STEPS = {"rotation": 14, "label_noise_mwn": 20, "cross_domain_fewshot": 12, "metaxl": 12}
 
 
+@functools.cache
+def load_domain_once(*which):
+    """Glyphs take long to draw."""
+    return importlib.import_module("cross_domain_fewshot.data").load_domain(*which)
+
+
 class Killed(BaseException):
     """Nothing in a script catches this."""
 
@@ -111,8 +117,8 @@ def kill(trainer):
 )
 def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, extra, tmp_path, at_step, monkeypatch, capsys):
     main, draw = module(experiment).main, random.Random(f"{experiment} {extra}")
-    if experiment == "cross_domain_fewshot":  # draw the glyphs once
-        monkeypatch.setattr(module(experiment), "load_domain", functools.cache(module(experiment).load_domain))
+    if experiment == "cross_domain_fewshot":
+        monkeypatch.setattr(module(experiment), "load_domain", load_domain_once)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
 
@@ -293,6 +299,87 @@ def test_the_second_ctrl_c_does_not_wait(tmp_path, at_step, capsys):
     message = ends(capsys, module("rotation").main, again, 130)
     assert "stopped by SIGINT in step 6" in message and "of step 4; the same command with --resume" in message
     assert checkpoints.load(tmp_path / "run.pt")["step"] == 4
+
+
+def interrupt(monkeypatch, train, name, nth):
+    """SIGTERM in the n-th call of train.<name>, which looks up whether one has come as ever. Returns the calls that ended."""
+    original, count, ended = getattr(train, name), [0], []
+
+    def interrupted(*args, **settings):
+        count[0] += 1
+        if count[0] == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        value = original(*args, **settings)
+        ended.append(count[0])
+        return value
+
+    monkeypatch.setattr(train, name, interrupted)
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "nth", "step"),
+    [
+        ("rotation", "accuracy", 1, 14),  # after the last step
+        ("label_noise_mwn", "losses_and_accuracy", 2, 10),  # of the first epoch the test images
+        ("label_noise_mwn", "losses_and_accuracy", 5, 20),  # of the end the training images' weights
+        ("cross_domain_fewshot", "score", 1, 12),
+        ("metaxl", "predict", 2, 8),
+        ("metaxl", "predict", 4, 12),  # the test sentences, with the best epoch's parameters
+    ],
+)
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(experiment, name, nth, step, tmp_path, at_step, monkeypatch, capsys):
+    train = module(experiment)
+    if experiment == "cross_domain_fewshot":
+        monkeypatch.setattr(train, "load_domain", load_domain_once)
+    for folder in ("whole", "stopped"):
+        (tmp_path / folder).mkdir()
+    at_step(experiment, {})
+    train.main(arguments(experiment, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        ended = interrupt(patch, train, name, nth)
+        message = ends(capsys, train.main, arguments(experiment, tmp_path / "stopped"), 143)
+    assert ended == list(range(1, nth))  # this one was left
+    assert f"stopped by SIGTERM in the evaluation after step {step}. The last checkpoint is" in message
+    assert checkpoints.load(tmp_path / "stopped" / "run.pt")["step"] == step
+    assert not (tmp_path / "stopped" / "runs.jsonl").read_text()
+    train.main(arguments(experiment, tmp_path / "stopped", "--resume"))
+    for resumed, expected in zip(result(tmp_path / "stopped"), result(tmp_path / "whole")):
+        assert_equal(resumed, expected)
+
+
+@pytest.mark.parametrize("experiment", ["rotation", "label_noise_mwn", "metaxl"])
+def test_a_signal_after_the_last_step_costs_no_result(experiment, tmp_path, monkeypatch, capsys):
+    """While the cost of a step is measured, which is then left out."""
+    train, n_steps, done = module(experiment), N_STEPS[experiment], []
+    step = train.Trainer.step
+
+    def signalled(trainer, *args):
+        done.append(step(trainer, *args))
+        if len(done) == n_steps + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done[-1]
+
+    monkeypatch.setattr(train.Trainer, "step", signalled)
+    monkeypatch.setattr(train, "measure", lambda step, **settings: [step() for _ in range(9)], raising=False)
+    monkeypatch.setattr(train, "peak_bytes", lambda step: [step() for _ in range(9)], raising=False)
+    message = ends(capsys, train.main, arguments(experiment, tmp_path), 143)
+    assert f"stopped by SIGTERM. The result is in {tmp_path}/runs.jsonl" in message
+    assert len(done) == n_steps + 1
+    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert line["metrics"]["train_loss" if experiment != "metaxl" else "test_f1"] is not None
+    assert "seconds" in line["cost"] and "flops" not in line["cost"]
+    assert ("seconds_per_step" in line["cost"]) == (experiment == "metaxl")  # which needs no measuring
+
+
+def test_a_cost_that_cannot_be_measured_costs_no_result(tmp_path, monkeypatch, capsys):
+    def measure(*args, **settings):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(module("rotation"), "measure", measure)
+    module("rotation").main(arguments("rotation", tmp_path))
+    assert "the cost of a step could not be measured: no memory is left" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "runs.jsonl").read_text())["cost"]) == ["seconds"]
 
 
 @pytest.mark.parametrize(("signals", "step"), [(1, 8), (2, 4)])

@@ -14,9 +14,19 @@ from tests.test_checkpoints import N_STEPS, TINY, arguments, module
 # {experiment: ({tag: the least and the largest value that it may have}, steps)}
 WRITTEN = {
     "rotation": ({"loss": (0, 10), "angle": (-90, 90)}, [1, 14]),
-    "label_noise_mwn": ({"train_loss": (0, 10), "val_accuracy": (0, 100), "test_accuracy": (0, 100)}, [10, 20]),
+    "label_noise_mwn": (
+        {"train_loss": (0, 10), "val_accuracy": (0, 100), "test_accuracy": (0, 100), "weight": (0.1, 0.9)}, [10, 20]
+    ),
     "cross_domain_fewshot": ({"loss": (0, 10), "gamma": (0.2, 0.4), "beta": (0.4, 0.6)}, [4, 8, 12]),
-    "metaxl": ({"loss": (0, 10), "dev_f1": (0, 100)}, [4, 8, 12]),
+    "metaxl": (
+        {"loss": (0, 10), "dev_f1": (0, 100), "gate_north": (0.1, 0.9), "gate_south": (0.1, 0.9)}, [4, 8, 12]
+    ),
+}  # fmt: skip
+RESULT = {  # written once, with the last step
+    "rotation": {"accuracy_rotated": (0, 100), "accuracy_upright": (0, 100)},
+    "label_noise_mwn": {"test_accuracy_best": (0, 100), "weight_auc": (0, 1)},
+    "cross_domain_fewshot": {"accuracy": (0, 100)},
+    "metaxl": {"test_f1": (0, 100)},
 }
 
 
@@ -79,7 +89,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def curve(experiment):
     tags, steps = WRITTEN[experiment]
-    return [(tag, step) for step in steps for tag in tags]
+    return [(tag, step) for step in steps for tag in tags] + [(tag, steps[-1]) for tag in RESULT[experiment]]
 
 
 @pytest.mark.parametrize("experiment", TINY)
@@ -88,7 +98,7 @@ def test_what_a_run_writes(experiment, run, writers, tmp_path):
     (writer,) = writers
     assert writer.points() == curve(experiment)
     for tag, _, value in writer.scalars:
-        least, largest = WRITTEN[experiment][0][tag]
+        least, largest = (WRITTEN[experiment][0] | RESULT[experiment])[tag]
         assert least <= value <= largest, tag
     assert writer.folder == str(tmp_path / "curves/run") and (tmp_path / "curves/run").is_dir()  # by the checkpoint's name
     assert writer.closed
@@ -100,7 +110,8 @@ def test_a_baseline_learns_nothing_that_moves(experiment, method, run, writers, 
     assert run(experiment, "--method", method, "--tensorboard", str(tmp_path)) == 0
     values = {tag: {value for t, _, value in writers[0].scalars if t == tag} for tag, _ in writers[0].points()}
     assert len(values.pop("loss")) > 1
-    assert values in ({}, {"angle": {0.0}})
+    assert all(len(values.pop(tag)) == 1 for tag in RESULT[experiment])
+    assert values == {}
 
 
 @pytest.mark.parametrize("end", [10, 13])
@@ -150,10 +161,12 @@ def test_tensorboard_reads_the_curves(run, tmp_path):
     tags, steps = WRITTEN["label_noise_mwn"]
     assert run("label_noise_mwn", *flags) == 0
     whole = read()
+    final = {tag: whole.pop(tag) for tag in RESULT["label_noise_mwn"]}
+    assert all([step for step, _ in points] == steps[-1:] for points in final.values())
     assert whole.keys() == tags.keys() and all([step for step, _ in points] == steps for points in whole.values())
     (tmp_path / "runs.jsonl").unlink()
     (tmp_path / "run.pt").unlink()
     assert run("label_noise_mwn", *flags, end=10) == 143  # a run from the beginning takes the place of the one before
     assert read() == {tag: points[:1] for tag, points in whole.items()}
     assert run("label_noise_mwn", *flags, "--resume") == 0
-    assert read() == whole
+    assert read() == whole | final

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -111,6 +111,10 @@ def outlive_signals(worker: int) -> None:
         threading.Thread(target=obey_the_run, daemon=True).start()
 
 
+class Interrupted(BaseException):
+    """A signal has come, and what is being done after a whole step can be left."""
+
+
 class Signals:
     """SIGTERM and Ctrl-C within the block are kept until it is looked what came; the second Ctrl-C does not wait."""
 
@@ -130,7 +134,8 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        os.write(2, f"\n{self.name}: the run ends after this step; Ctrl-C ends it at once\n".encode())
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, f"\n{self.name}: the run ends after this step; Ctrl-C ends it at once\n".encode())
 
     @property
     def name(self) -> str:
@@ -163,7 +168,13 @@ class Keeper:
             for step in keeper.steps(n_steps, state, label):  # with a progress bar
                 …
                 keeper.show(loss=keeper.mean(losses))
-        keeper.record(metrics, cost)
+            with keeper.paused():
+                metrics = …  # between two batches: keeper.look()
+                keeper.record(metrics, cost, measure_more)
+
+    A signal is kept until a step is whole. One that comes after the last step costs the record nothing but the cost of a step.
+    An evaluation looks whether one has come: the run then ends with a checkpoint of the step before, and a resumed one evaluates
+    that step (`state` must tell whether it has been).
 
     A checkpoint is written after every args.checkpoint_every steps, on SIGTERM and Ctrl-C after the step that they meet, and
     after the last step, unless the run is too short for the first kind. It is removed when the result line is there, unless
@@ -195,6 +206,8 @@ class Keeper:
         self.path = Path(args.checkpoint or Path(args.out).parent / "checkpoints" / f"{name}-{digest}.pt")
         self.step = 0  # steps done
         self.saved = None  # the step of the checkpoint that is there
+        self.within = self.recorded = False  # between `steps`' yield and the next; the result line is there
+        self.bar = None
         self.signals, self.clock = Signals(), Clock()
         self.board = None
 
@@ -276,24 +289,40 @@ class Keeper:
 
     def __exit__(self, kind, error, traceback) -> None:
         self.clock.stop()
-        self.signals.__exit__()
+        try:
+            if isinstance(error, Interrupted):  # the step is whole
+                self.step, self.within = self.step + self.within, False
+                if self.saved != self.step:
+                    self._save(self.state())
+        except KeyboardInterrupt:
+            pass  # the second Ctrl-C, while that is written
+        finally:
+            self.signals.__exit__()
         if isinstance(error, NotFinite):
             self._not_finite(self.step + 1, str(error))
-        if self.signals.received and not isinstance(error, SystemExit):  # in the middle of a step, which is lost
-            self._stopped(f"in step {self.step + 1}")
+        if isinstance(error, Interrupted):
+            self._stopped(f"in the evaluation after step {self.step}")
+        if not self.signals.received or isinstance(error, SystemExit):
+            return
+        if self.recorded:
+            self._end(128 + self.signals.received, f"stopped by {self.signals.name}. The result is in {self.args.out}.")
+        self._stopped(f"in step {self.step + 1}" if self.within else f"after step {self.step}")  # a step's middle is lost
 
     def steps(self, n_steps: int, state: Callable[[], dict], label: str, unit: str = "step") -> Iterator[int]:
         """Step numbers up to n_steps, from where the run stands, with a progress bar.
 
         state(): what the run needs to go on after a whole step.
         """
+        self.state = state
         self.bar = self.processes.progress(total=n_steps, initial=self.step, desc=label, unit=unit)
         if self.found:
             restore_random_states(self.found["random"])
             self.found.clear()
         every = self.args.checkpoint_every
         for step in range(self.step, n_steps):
+            self.within = True
             yield step
+            self.within = False
             self.bar.update()
             self.step = step + 1
             if self.step % every == 0 or (self.step == n_steps and (self.keep or n_steps > every)):
@@ -311,11 +340,17 @@ class Keeper:
         self.bar.close()
 
     def show(self, **values: float) -> None:
-        """Numbers of the step that is being made, at the progress bar's end and in --tensorboard's folder."""
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+        """Numbers of the step that is being made, or was made last, at the progress bar's end and in --tensorboard's folder."""
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(name, value, self.step + 1)
+                self.board.add_scalar(name, value, self.step + self.within)
+
+    def look(self) -> None:
+        """Interrupted if a signal has come. For what is done after a whole step; several processes do that to its end."""
+        if self.signals.received and self.processes.size == 1:
+            raise Interrupted
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -346,9 +381,21 @@ class Keeper:
 
     # --- after it
 
-    def record(self, metrics: dict, cost: dict) -> None:
-        """Append the result line to --out. The checkpoint has done its work. cost: beside the seconds that the run took."""
+    def record(self, metrics: dict, cost: dict, measured: Callable[[], dict] | None = None) -> None:
+        """Append the result line to --out. The checkpoint has done its work. cost: beside the seconds that the run took.
+
+        measured(): what of the cost has still to be measured. It is left out if a signal comes before that has been done, or if
+        that fails: the run has its result.
+        """
+        if measured is not None and not self.processes.largest(self.signals.received or 0):
+            try:
+                cost = cost | measured()
+            except Interrupted:
+                pass
+            except (NotFinite, RuntimeError) as error:
+                print(f"\nthe cost of a step could not be measured: {error}", file=sys.stderr)
         if self.processes.rank:
+            self.recorded = True
             return
         cost = {"seconds": self.clock.seconds, **cost}
         try:
@@ -357,6 +404,7 @@ class Keeper:
             self._end(
                 1, f"the result could not be appended to {self.args.out}: {error.strerror or error}. {self._where('last')}"
             )
+        self.recorded = True
         if self.board is not None:
             self.board.close()
         if not self.keep:

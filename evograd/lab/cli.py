@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -146,6 +147,13 @@ def check_processes(
         parser.error(f"--n-candidates {args.n_candidates} cannot be shared out among {n} processes; give at least {n}")
     if not args.share and shares and ("batch" in shares or args.n_candidates // 2 >= n):  # guided ones by pairs
         args.share = shares[0]
+
+
+def say_if_chance(what: str, found: float, labels: Sequence[int], advice: str) -> None:
+    """Say it if a run has learned nothing that its accuracy `found` (per cent) shows. labels: those that it was tested on."""
+    share = max(Counter(labels).values()) / len(labels)  # one label for all
+    if found / 100 <= share + 2 * math.sqrt(share * (1 - share) / len(labels)):
+        print(f"{what}: {found:.2f} % is no more than chance ({100 * share:.2f} %) with these settings. {advice}")
 
 
 def comparison_parser(description: str) -> argparse.ArgumentParser:
