@@ -17,7 +17,7 @@ from .models import BACKBONES, HEADS, model_of
 from .testing import TEST_SEED, interval, score
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", help="files that train.py has written")
     parser.add_argument("--domain", required=True, help="domain to test on, whatever was held out in training")
     parser.add_argument("--split", choices=("base", "val", "novel"), default="novel", help="its classes")

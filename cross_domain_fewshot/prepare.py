@@ -64,8 +64,21 @@ def check_images(files):
 
 
 def alternate(classes):
-    """Class number i -> its split: base, val, base, novel, and so on."""
-    return {name: ("base", "val", "base", "novel")[i % 4] for i, name in enumerate(classes)}
+    """{split: its classes}: of four in order, base, val, base, novel."""
+    pattern = ("base", "val", "base", "novel")
+    return {
+        split: {name: files for i, (name, files) in enumerate(classes.items()) if pattern[i % 4] == split} for split in SPLITS
+    }
+
+
+def by_numbers(classes, numbers):
+    """{split: its classes}: so many of each, spread over the classes in order."""
+    if sum(numbers) != len(classes) or not all(numbers):
+        given = " ".join(map(str, numbers))
+        raise ValueError(f"--split {given} given; three numbers of classes of at least 1, {len(classes)} together, are accepted")
+    places = sorted(((i + 0.5) / n, SPLITS[k]) for k, n in enumerate(numbers) for i in range(n))
+    of = {name: split for name, (_, split) in zip(classes, places)}
+    return {split: {name: files for name, files in classes.items() if of[name] == split} for split in SPLITS}
 
 
 def mini_imagenet(root):
@@ -74,14 +87,12 @@ def mini_imagenet(root):
     for split, n in zip(SPLITS, (64, 16, 20)):
         if len(parts[split]) != n:
             raise ValueError(f"{root}: {len(parts[split])} classes in {split}, {n} are needed")
-    classes = {name: files for part in parts.values() for name, files in part.items()}
-    return classes, {name: split for split, part in parts.items() for name in part}
+    return parts
 
 
 def cub(root):
     """CUB_200_2011 with its folder images."""
-    classes = class_folders(inside(root, "images"))
-    return classes, alternate(classes)
+    return alternate(class_folders(inside(root, "images")))
 
 
 def cars(root):
@@ -93,29 +104,34 @@ def cars(root):
     classes = {name: [] for name in names}
     for row in loadmat(str(inside(kit, "cars_train_annos.mat")))["annotations"][0]:
         classes[names[int(row["class"][0, 0]) - 1]].append(images / str(row["fname"][0]))
-    return classes, alternate(classes)
+    return alternate(classes)
 
 
 def places(root):
     """places365_standard with its folder train; the first 200 images of each class."""
-    classes = class_folders(inside(root, "train"), at_most=200)
-    return classes, alternate(classes)
+    return alternate(class_folders(inside(root, "train"), at_most=200))
 
 
 def plantae(root):
     """The folder Plantae of iNaturalist 2018; the 200 classes with most images, 600 of each at the most."""
     classes = class_folders(root)
     largest = sorted(sorted(classes, key=lambda name: -len(classes[name]))[:200])
-    classes = {name: classes[name][:600] for name in largest}
-    return classes, alternate(classes)
+    return alternate({name: classes[name][:600] for name in largest})
 
 
-def folders(root):
-    """Any folder with one folder a class."""
-    classes = class_folders(root)
-    return classes, alternate(classes)
+def folders(root, numbers=None):
+    """Any folder with one folder a class, or with folders train, val (or validation, valid, dev) and test of such folders."""
+    there = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))}
+    parts = [next((there[name] for name in names if name in there), None) for names in PARTS]
+    if None in parts or len(there) != 3:
+        classes = class_folders(root)
+        return by_numbers(classes, numbers) if numbers else alternate(classes)
+    if numbers:
+        raise ValueError(f"--split given, but {root} is split already: {', '.join(p.name for p in parts)}")
+    return {split: class_folders(part) for split, part in zip(SPLITS, parts)}
 
 
+PARTS = (("train",), ("val", "validation", "valid", "dev"), ("test",))
 READERS = {"folders": folders, "miniImagenet": mini_imagenet, "cub": cub, "cars": cars, "places": places, "plantae": plantae}
 
 
@@ -126,23 +142,38 @@ def inside(root, name):
     return path
 
 
-def write_lists(out, domain, classes, split_of):
-    """The three lists; every one knows all label names, so that a label means the same class in all of them."""
-    names = list(classes)
+def write_lists(out, domain, parts):
+    """The three lists of {split: its classes}; each knows all label names, so that a label means the same class in all of them."""
+    names = list(dict.fromkeys(name for classes in parts.values() for name in classes))
+    if all(list(classes) == sorted(classes) for classes in parts.values()):  # else the data set has an order of its own
+        names.sort()
     for split in SPLITS:
-        pairs = [(str(f), i) for i, name in enumerate(names) if split_of[name] == split for f in classes[name]]
+        pairs = [(str(f), i) for i, name in enumerate(names) for f in parts[split].get(name, ())]
         content = {"label_names": names, "image_names": [f for f, _ in pairs], "image_labels": [i for _, i in pairs]}
         write_text(Path(out) / domain / f"{split}.json", json.dumps(content))
         print(f"{Path(out) / domain / split}.json: {len(set(content['image_labels']))} classes, {len(pairs)} images")
+    few = {split: len(parts[split]) for split in SPLITS if len(parts[split]) < 5}
+    if few:
+        found = ", ".join(f"{split} {n}" for split, n in few.items())
+        print(f"fewer classes than an episode of --n-way 5 needs: {found}. train.py takes a smaller --n-way; see also --split")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("kind", choices=tuple(READERS), help="what the folder holds")
     parser.add_argument("folder", help="the data")
     parser.add_argument("--domain", help="its name; default: that of the data set")
     parser.add_argument("--out", default="data", metavar="DIR", help="--data-dir of the other scripts")
+    parser.add_argument(
+        "--split",
+        nargs=3,
+        type=cli.at_least(1),
+        metavar=("BASE", "VAL", "NOVEL"),
+        help="numbers of classes (folders); default: two of four are base, one val, one novel",
+    )
     args = parser.parse_args(argv)
+    if args.split and args.kind != "folders":
+        parser.error(f"--split given, but {args.kind} has its own split; folders reads it")
     if args.kind == "folders" and not args.domain:
         parser.error("--domain is needed: the name that the other scripts know these images by")
     args.domain = args.domain or args.kind
@@ -155,13 +186,14 @@ def main(argv=None):
         root = Path(args.folder).resolve()
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {args.folder}")
-        classes, split_of = READERS[args.kind](root)
-        found = len(classes), sum(map(len, classes.values()))
+        parts = folders(root, args.split) if args.kind == "folders" else READERS[args.kind](root)
+        files = [f for classes in parts.values() for images in classes.values() for f in images]
+        found = len({name for classes in parts.values() for name in classes}), len(files)
         for what, n, needed in zip(("classes", "images"), found, EXPECTED.get(args.kind, (None, None))):
             if needed is not None and n != needed:
                 raise ValueError(f"{root} gives {n:,} {what} for {args.kind}; {needed:,} are needed. Is it unpacked whole?")
-        check_images([f for files in classes.values() for f in files])
-        write_lists(args.out, args.domain, classes, split_of)
+        check_images(files)
+        write_lists(args.out, args.domain, parts)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Batches(Dataset):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--data", choices=DATASETS, default="glyphs", help="as in train.py")
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the file lists")
     parser.add_argument("--domain", help="default: sans (glyphs), miniImagenet (filelists)")

@@ -23,7 +23,7 @@ from .train import Trainer, prepare
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "checkpoint", help="file that train.py has written, of a method with transformations: the state to look at"
     )

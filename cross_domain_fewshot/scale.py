@@ -83,7 +83,7 @@ def check(backbones, image_size, device):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__)
     cli.add_device_argument(parser)
     parser.add_argument("--backbones", nargs="+", choices=tuple(RESNETS), default=tuple(RESNETS), help="from shallow to deep")
     parser.add_argument("--image-size", type=cli.at_least(32), default=224, help="pixels")

@@ -100,7 +100,7 @@ def trajectory(hypergradient):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="of the draws")
     parser.add_argument(
         "--out", type=cli.writable, default="illustration_1d/results/runs.jsonl", help="JSON-lines file for the record"

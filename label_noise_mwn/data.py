@@ -26,7 +26,7 @@ CIFAR_STD = [value / 255 for value in (63.0, 62.1, 66.7)]
 class Source:
     """A data set as it is published. Images (n, c, h, w), uint8; labels (n,), int64, from 0.
 
-    y_noisy: labels of the training images that are noisy already.  superclasses: (classes,), the superclass of each class.
+    y_noisy: labels of the training images that are noisy already; with them y_train may be -1, where it is not known.  superclasses: (classes,), the superclass of each class.
     """
 
     x_train: Tensor
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass
 class Split:
-    """images: (n, c, h, w), uint8.  labels: (n,), what is trained on or tested against.  clean: (n,), the true labels."""
+    """images: (n, c, h, w), uint8.  labels: (n,), what is trained on or tested against.  clean: (n,), the true labels, or -1."""
 
     images: Tensor
     labels: Tensor
@@ -59,7 +59,8 @@ class Split:
 class Task:
     """Disjoint (train, meta, val) of the training images, and test. Labels of `train` alone are noisy.
 
-    noise_matrix: (classes, classes), probability of the label (column) that an image of a class (row) is given.
+    noise_matrix: (classes, classes), probability of the label (column) that an image of a class (row) is given; None if true
+    labels are not known.
     """
 
     train: Split
@@ -67,7 +68,7 @@ class Task:
     val: Split
     test: Split
     n_classes: int
-    noise_matrix: Tensor
+    noise_matrix: Tensor | None
     mean: Tensor
     std: Tensor
 
@@ -131,7 +132,7 @@ def make_task(
 
     Everything follows from the seed. n_train: how many of the rest are used, all if None.
     """
-    _check_source(source)
+    _check_source(source, unknown=noise == "given" and source.y_noisy is not None)
     n_classes = source.n_classes
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source.y_train), generator=generator)
@@ -148,6 +149,9 @@ def make_task(
         if source.y_noisy is None:
             raise ValueError("--noise given, but the data have no noisy labels: an npz file with an array y_noisy is needed")
         labels = source.y_noisy[rest]
+    if noise == "given" and (clean < 0).any():
+        matrix = None
+    elif noise == "given":
         pairs = torch.bincount(clean * n_classes + labels, minlength=n_classes**2).reshape(n_classes, n_classes).double()
         matrix = pairs / pairs.sum(1, keepdim=True).clamp_min(1)
     else:
@@ -225,8 +229,8 @@ def _balanced(labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str) 
     return chosen, order[~taken[order]]
 
 
-def _check_source(source: Source) -> None:
-    """ValueError that names the array that does not fit."""
+def _check_source(source: Source, unknown: bool) -> None:
+    """ValueError that names the array that does not fit. unknown: whether y_train may be -1."""
     for part in ("train", "test"):
         x, y = getattr(source, f"x_{part}"), getattr(source, f"y_{part}")
         if x.dim() != 4 or x.dtype != torch.uint8 or not len(x):
@@ -243,14 +247,16 @@ def _check_source(source: Source) -> None:
             continue
         if y.shape != (len(source.x_test if name == "y_test" else source.x_train),):
             raise ValueError(f"{name} is {tuple(y.shape)}; one label for each image is accepted")
-        if y.min() < 0 or y.max() >= n_classes:
+        if y.min() < (-1 if unknown and name == "y_train" else 0) or y.max() >= n_classes:
             raise ValueError(
                 f"{name} has labels from {int(y.min())} to {int(y.max())}; "
                 f"0 to {n_classes - 1} are accepted, the classes of y_train"
             )
+    if not n_classes:
+        raise ValueError("y_train is -1 for all images; meta and validation images need their true labels")
     missing = sorted(set(range(n_classes)) - set(source.y_train.tolist()))
     if missing:
-        first = int(source.y_train.min())
+        first = int(source.y_train[source.y_train >= 0].min())
         advice = f"; subtract {first} from all labels" if missing == list(range(first)) else "; number the classes without gaps"
         some = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise ValueError(

@@ -145,6 +145,8 @@ def main(argv=None):
             could = [run for run in could if "weight_curves" in run["metrics"] and noise_of(run["config"]) == last]
             could = [run for run in could if run["config"]["seed"] in seeds]
             plot_weights(chosen, folder / f"label_noise_mwn_weights_{name}.png", could)
+            chosen = [run for run in chosen if run["metrics"]["weights_clean"]]  # where the true labels are known
+        if chosen:
             plot_histograms(chosen, folder / f"label_noise_mwn_histograms_{name}.png", could)
 
 

@@ -243,8 +243,14 @@ def learned_weights(net: nn.Module, losses):
 
 
 def describe_weights(net, losses, noisy):
-    """How the weights tell clean samples from noisy ones: area under the ROC curve, histograms over [0, 1]."""
+    """How the weights tell clean samples from noisy ones: area under the ROC curve, histograms over [0, 1].
+
+    noisy: None if it is not known which are; the only histogram is then that of all.
+    """
     weights = learned_weights(net, losses).cpu()
+    if noisy is None:
+        all_of_them = torch.histc(weights, 25, 0, 1).long()
+        return {"weight_auc": None, "weights_clean": None, "weights_noisy": None, "weights_all": all_of_them}
     noisy = noisy.cpu()
     both = noisy.any() and not noisy.all()
     return {
@@ -258,21 +264,24 @@ def describe(trainer, task, curves, weight_curves, look=lambda: None):
     """The metrics of a run that has ended. Of the epochs that were not evaluated, curves have None."""
     evaluated = [epoch for epoch, accuracy in enumerate(curves["val_accuracy"]) if accuracy is not None]
     best = max(evaluated, key=lambda epoch: curves["val_accuracy"][epoch])
+    matrix, known = task.noise_matrix, task.noise_matrix is not None  # known: of the noisy images, the true labels
     noisy = task.train.labels != task.train.clean
     metrics = {
         "test_accuracy_last": curves["test_accuracy"][-1],
         "test_accuracy_best": curves["test_accuracy"][best],  # of the epoch that the validation images choose
         "best_epoch": best + 1,
         **curves,
-        "noise_rate": noisy.double().mean(),
+        "noise_rate": noisy.double().mean() if known else None,
         # Row by row, the labels that a class is given with what probability; those that are zero left out.
-        "noise_matrix": [{j: round(p, 6) for j, p in enumerate(row) if p > 0} for row in task.noise_matrix.tolist()],
+        "noise_matrix": [{j: round(p, 6) for j, p in enumerate(row) if p > 0} for row in matrix.tolist()] if known else None,
     }
     if not trainer.meta.learns:
         return metrics
     return {
         **metrics,
-        **describe_weights(trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train, look)[0], noisy),
+        **describe_weights(
+            trainer.weight_net, losses_and_accuracy(trainer.model, task, task.train, look)[0], noisy if known else None
+        ),
         "weight_losses": [round(value, 3) for value in LOSS_GRID.tolist()],
         "weight_curves": {e: [round(w, 4) for w in curve.tolist()] for e, curve in weight_curves.items()},
         **trainer.meta.metrics(),

@@ -242,9 +242,18 @@ class Corpus:
 
 
 def load(
-    data: str, data_dir: str, source: str, target: str, *, source_size: int, target_size: int, dev_size: int | None, seed: int
+    data: str,
+    data_dir: str,
+    source: str,
+    target: str,
+    *,
+    source_size: int,
+    target_size: int,
+    dev_size: int | None,
+    test_size: int | None = None,
+    seed: int,
 ) -> Corpus:
-    """Training sentences drawn by `seed`, the first `dev_size` dev sentences (None: all), and all test sentences."""
+    """Training sentences drawn by `seed`, and the first `dev_size` and `test_size` of the others (None: all)."""
     if data == "toy":
         for language in (source, target):
             if language not in ("north", "south"):
@@ -268,7 +277,7 @@ def load(
     for split in ("dev", "test"):
         if not splits[split]:
             raise ValueError(f"{name(target, split)} holds no sentence")
-    splits["dev"] = splits["dev"][:dev_size]
+    splits["dev"], splits["test"] = splits["dev"][:dev_size], splits["test"][:test_size]
     if data == "sentiment":
         labels = list(SENTIMENTS)
     else:

@@ -67,6 +67,7 @@ def parse_args(argv=None):
     parser.add_argument("--source-size", type=cli.at_least(1), help=f"training sentences; {by_data('source_size')}")
     parser.add_argument("--target-size", type=cli.at_least(2), default=100, help="training sentences")
     parser.add_argument("--dev-size", type=cli.at_least(1), help="dev sentences, the first ones; default: all")
+    parser.add_argument("--test-size", type=cli.at_least(1), help="test sentences, the first ones; default: all")
     parser.add_argument("--max-length", type=cli.at_least(4), help=f"sub-words of a training sentence; {by_data('max_length')}")
     parser.add_argument("--epochs", type=cli.at_least(1), help=f"of the source sentences; {by_data('epochs')}")
     parser.add_argument(
@@ -398,7 +399,7 @@ def gates(model, examples, device):
 
 def prepare(args):
     """(tagger, {"source", "train", "dev", "test"}: Examples, labels, remarks). ValueError or OSError for what does not fit."""
-    sizes = dict(source_size=args.source_size, target_size=args.target_size, dev_size=args.dev_size)
+    sizes = dict(source_size=args.source_size, target_size=args.target_size, dev_size=args.dev_size, test_size=args.test_size)
     corpus = load(args.data, args.data_dir, args.source, args.target, **sizes, seed=args.seed)
     seed_everything(args.seed)
     sentences = {"source": corpus.source, **corpus.target}

@@ -94,6 +94,8 @@ CASES = {
     [(experiment, *case) for experiment, cases in CASES.items() for case in cases],
 )
 def test_bad_input(experiment, arguments, words, tmp_path, refused):
+    """An error is as long as it has to be: one line says where the usage is."""
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "runs.jsonl")]
     device = [] if "--device" in arguments else ["--device", "cpu"]
-    refused(importlib.import_module(f"{experiment}.train").main, [*arguments, *out, *device], words)
+    message = refused(importlib.import_module(f"{experiment}.train").main, [*arguments, *out, *device], words)
+    assert len(message.strip().splitlines()) <= 2

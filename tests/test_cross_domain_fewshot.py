@@ -650,6 +650,39 @@ def test_bad_checkpoints(trained, tmp_path, refused):
         refused(evaluate.main, [*arguments, "--domain", "serif", "--device", "cpu"], words)
 
 
+def image_folders(root, names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        half_white("L").save(root / name / "1.png")
+    return ["folders", str(root), "--domain", "mine", "--out", str(root.parent / "lists")]
+
+
+def listed(root):
+    contents = [json.loads((root / "lists" / "mine" / f"{split}.json").read_text()) for split in prepare.SPLITS]
+    return [[content["label_names"][i] for i in content["image_labels"]] for content in contents]
+
+
+def test_folders_that_are_split_already_stay_so(tmp_path, capsys, refused):
+    names = ["train/a", "train/b", "Validation/a", "test/c", "test/a", ".x/y", "__MACOSX/z"]
+    arguments = image_folders(tmp_path / "set", names)
+    prepare.main(arguments)
+    assert listed(tmp_path) == [["a", "b"], ["a"], ["a", "c"]]
+    refused(prepare.main, [*arguments, "--split", "1", "1", "1"], ["--split given", "is split already: train, Validation, test"])
+
+
+def test_numbers_of_classes_of_each_split(tmp_path, capsys, refused):
+    arguments = image_folders(tmp_path / "set", "abcdefghij")
+    prepare.main(arguments)
+    assert "fewer classes than an episode of --n-way 5 needs: val 3, novel 2" in capsys.readouterr().out
+    prepare.main([*arguments, "--split", "4", "1", "5"])
+    assert "fewer classes than an episode of --n-way 5 needs: base 4, val 1." in capsys.readouterr().out
+    base, val, novel = listed(tmp_path)
+    assert (len(base), len(val), len(novel)) == (4, 1, 5) and sorted(base + val + novel) == list("abcdefghij")
+    assert min(base) < max(novel) and min(novel) < max(base)  # spread over the classes in order
+    refused(prepare.main, [*arguments, "--split", "4", "1", "6"], ["--split 4 1 6 given", "10 together"])
+    refused(prepare.main, ["cub", str(tmp_path / "set"), "--split", "1", "1", "1"], ["--split given, but cub has its own"])
+
+
 def test_prepare_counts(tmp_path, refused):
     write_domain(tmp_path, "few")
     for kind, words in (("cub", "images is not there"), ("plantae", "gives 8 classes for plantae; 200 are needed")):

@@ -385,6 +385,51 @@ def test_npz_runs_with_noisy_labels(tmp_path, capsys):
     assert record["metrics"]["noise_rate"] == pytest.approx(0.2, abs=0.02)
 
 
+def test_a_few_clean_images_and_no_true_labels_for_the_rest(tmp_path, capsys, refused):
+    truth = np.arange(120) % 4
+    y_noisy = (truth + (np.arange(120) % 5 == 0)) % 4
+    path = write_npz(tmp_path / "mine.npz", y_train=np.where(np.arange(120) < 40, truth, -1), y_noisy=y_noisy)
+    made = task("given", None, source=load(path, ""), n_meta=16, n_val=16)
+    assert made.n_classes == 4 and len(made.train) == 120 - 32 and made.noise_matrix is None
+    assert (made.meta.labels >= 0).all() and (made.val.labels >= 0).all() and (made.train.labels >= 0).all()
+    assert (made.train.clean < 0).sum() == 80
+    sizes = ("--meta-images", "16", "--val-images", "16", "--batch-size", "44", "--model", "small")
+    metrics = run(tmp_path, "mixed_mode", "--data", path, "--noise", "given", *sizes)["metrics"]
+    for name in ("noise_rate", "noise_matrix", "weight_auc", "weights_clean", "weights_noisy"):
+        assert metrics[name] is None
+    assert sum(metrics["weights_all"]) == 88
+    plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+    assert {p.name.split("_")[3] for p in tmp_path.glob("*.png")} == {"accuracy", "weights"}
+    arguments = ["--data", path, *sizes, "--device", "cpu", "--out", str(tmp_path / "other.jsonl")]
+    refused(train.main, arguments, ["y_train has labels from -1 to 3", "0 to 3"])  # only with --noise given
+    few = [*arguments, "--noise", "given", "--meta-images", "60"]
+    refused(train.main, few, ["--meta-images 60 takes 15 images of each class", "of class 0 there are 10"])
+    unknown = write_npz(tmp_path / "none.npz", y_train=np.full(120, -1), y_noisy=y_noisy, y_test=np.arange(20) % 4)
+    refused(train.main, [*arguments, "--noise", "given", "--data", unknown], ["y_train", "-1"])
+
+
+def test_epochs_that_are_not_evaluated_have_none(tmp_path, monkeypatch, capsys):
+    done, evaluate = [], train.losses_and_accuracy
+    monkeypatch.setattr(train, "losses_and_accuracy", lambda *args: (done.append(args[2]), evaluate(*args))[1])
+    metrics = run(tmp_path, "cross_entropy", "--epochs", "5", "--eval-every", "2", "--train-images", "100")["metrics"]
+    assert len(done) == 2 * 3 and len(metrics["train_loss"]) == 5
+    for part in ("val", "test"):
+        assert [accuracy is not None for accuracy in metrics[f"{part}_accuracy"]] == [False, True, False, True, True]
+    assert metrics["best_epoch"] in (2, 4, 5) and metrics["test_accuracy_last"] == metrics["test_accuracy"][4]
+    best = max(a for a in metrics["val_accuracy"] if a is not None)
+    assert metrics["val_accuracy"][metrics["best_epoch"] - 1] == best
+    plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
+    assert (tmp_path / "label_noise_mwn_accuracy_digits.png").exists()
+
+
+def test_a_result_that_is_chance_is_said(tmp_path, capsys):
+    run(tmp_path, "cross_entropy", "--train-images", "100", "--lr", "1e-9")
+    printed = capsys.readouterr().out
+    assert "% is no more than chance (11.80 %) with these settings. A lower --lr or more --epochs may help." in printed
+    run(tmp_path, "cross_entropy", "--epochs", "4")
+    assert "chance" not in capsys.readouterr().out
+
+
 def test_a_run_is_one_of_its_data(tmp_path, capsys, refused):
     """Files of one name in two folders, and one that is named as the embedded data are."""
     files = [tmp_path / folder / "set.npz" for folder in "abc"]

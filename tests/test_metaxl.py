@@ -412,6 +412,16 @@ def test_words_without_a_sub_word_are_o_and_teach_nothing():
     torch.testing.assert_close(sum(train.cross_entropy(model(part), part) for part in whole.split(2)), train.cross_entropy(model(whole), whole))
 
 
+def test_test_sentences_and_evaluations_can_be_fewer(tmp_path, monkeypatch, capsys):
+    predicted, predict = [], train.predict
+    monkeypatch.setattr(train, "predict", lambda *args, **settings: (predicted.append(len(args[1])), predict(*args, **settings))[1])
+    record = run(tmp_path, "joint_training", "--epochs", "3", "--eval-every", "2", "--test-size", "11")
+    assert predicted == [20, 20, 11]  # dev after epochs 2 and 3, test
+    assert record["config"]["test_size"] == 11
+    assert [f1 is not None for f1 in record["metrics"]["dev_f1_epochs"]] == [False, True, True]
+    assert "nothing was found rightly" in capsys.readouterr().out
+
+
 def test_a_run_s_sentences_are_drawn_by_its_seed(tmp_path):
     draw = lambda seed: data.load("toy", "", "north", "south", source_size=50, target_size=10, dev_size=7, seed=seed)
     one, again, other = draw(1), draw(1), draw(2)

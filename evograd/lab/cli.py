@@ -27,11 +27,21 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong argument is answered with one line on usage and one on the error, and exit code 2."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Help, **settings)
+
+    def error(self, message: str):
+        self.exit(2, f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}\n")
+
+
 def experiment_parser(
     description: str, table: Iterable[str], data: Sequence[str], data_file: str | None = None
 ) -> argparse.ArgumentParser:
     """A parser with the flags of every training script. data_file: suffix of the files that --data takes beside the names."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    parser = Parser(description=description)
     parser.add_argument("--method", choices=tuple(table), default="evograd", help="how the hyperparameters are learned")
     parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
     names = ", ".join(data) + (f" or FILE{data_file}" if data_file else "")
@@ -158,7 +168,7 @@ def say_if_chance(what: str, found: float, labels: Sequence[int], advice: str) -
 
 def comparison_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags of every script that measures one step of each method."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help)
+    parser = Parser(description=description)
     add_device_argument(parser)
     parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns of each method; the median counts")
     parser.add_argument(
