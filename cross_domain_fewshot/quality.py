@@ -29,7 +29,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--data-dir", default="data", metavar="DIR", help="folder of the file lists")
     parser.add_argument("--steps", type=cli.at_least(2), default=20, help="pairs of episodes")
-    parser.add_argument("--seed", type=cli.at_least(0), default=1, help="of the episodes and of the noise")
+    parser.add_argument("--seed", type=cli.seed, default=1, help="of the episodes and of the noise")
     cli.add_device_argument(parser)
     parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the records are appended to")
     return parser.parse_args(argv)

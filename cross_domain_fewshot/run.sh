@@ -7,7 +7,7 @@
 # SEEN="a b c d" HELD_OUT="e f": other domains; the encoder is trained on the first seen one.
 # JOBS=4 runs four at a time, each with one CPU thread and without progress bars.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../resources/caller.sh"
 
 DATA=glyphs DATA_DIR=data OUT= WHERE=
 previous=

@@ -89,7 +89,7 @@ def parse_args(argv=None):
     parser.add_argument("--encoder", metavar="FILE", help="checkpoint of pretrain.py to start from; default: random weights")
     parser.add_argument("--amp", action="store_true", help="bfloat16 in the model's own update; hypergradients stay in float32")
     parser.add_argument("--test-episodes", type=cli.at_least(2), help=f"default: {by_data('test_episodes')}")
-    parser.add_argument("--cache-gb", type=float, default=4.0, help="decode all images into memory if they take no more")
+    parser.add_argument("--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more")
     parser.add_argument(
         "--workers", type=cli.at_least(0), default=2, help="processes that decode images if memory does not hold them"
     )

@@ -3,7 +3,7 @@
 #   bash illustration_1d/run.sh
 #   bash illustration_1d/run.sh --print     print the command, and run nothing
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../resources/caller.sh"
 
 commands() {
   command_line illustration_1d.train "$@"

@@ -101,7 +101,7 @@ def trajectory(hypergradient):
 
 def main(argv=None):
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=1, help="of the draws")
+    parser.add_argument("--seed", type=cli.seed, default=1, help="of the draws")
     parser.add_argument(
         "--out", type=cli.writable, default="illustration_1d/results/runs.jsonl", help="JSON-lines file for the record"
     )

@@ -5,7 +5,7 @@
 #   bash label_noise_mwn/run.sh --print --data cifar10 --data-dir DIR     print the commands, one a line, and run nothing
 # JOBS=4 runs four at a time, each with one CPU thread and without progress bars.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../resources/caller.sh"
 
 METHODS=${METHODS:-"cross_entropy evograd evograd_guided mixed_mode second_order"}
 NOISES=${NOISES:-"flip"}

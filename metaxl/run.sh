@@ -6,7 +6,7 @@
 #   TARGETS="pcm swa hau" SEEDS=1 bash metaxl/run.sh --data ner --data-dir DIR --encoder FOLDER --source-size 1000 --epochs 5
 # JOBS=4 runs four at a time, each with one CPU thread and without progress bars.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../resources/caller.sh"
 
 METHODS=${METHODS:-"joint_training target_only evograd evograd_guided mixed_mode second_order"}
 SEEDS=${SEEDS:-"1 2 3 4 5"}

@@ -4,7 +4,7 @@
 # a setting that no table of accuracies has, so that it stands in none of them.
 #   bash resources/quality.sh [--print]
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/caller.sh"
 
 commands() {
   command_line rotation.train --method evograd --batch-size 64 --log-quality 14 --out rotation/results/quality.jsonl "$@"

@@ -4,7 +4,7 @@
 #   bash rotation/run.sh --print --data mnist --data-dir DIR     print the commands, one a line, and run nothing
 # JOBS=4 runs four at a time, each with one CPU thread and without progress bars.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/../resources/caller.sh"
 
 METHODS=${METHODS:-"baseline evograd evograd_guided mixed_mode second_order"}
 SEEDS=${SEEDS:-"1 23 345 4567 56789"}

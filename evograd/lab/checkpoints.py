@@ -60,6 +60,7 @@ def check_writable(path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(f"--checkpoint {path} is a folder")
+    records.check_regular(path)
     probe = path.with_name(f"{path.name}.tmp{os.getpid()}")
     probe.touch()
     probe.unlink()
@@ -105,7 +106,8 @@ def outlive_signals(worker: int) -> None:
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=obey_the_run, daemon=True).start()
@@ -116,14 +118,20 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """SIGTERM and Ctrl-C within the block are kept until it is looked what came; the second Ctrl-C does not wait."""
+    """SIGTERM, Ctrl-C and SIGHUP (a terminal is gone) within the block are kept until it is looked what came.
+
+    The second Ctrl-C does not wait. SIGHUP that is ignored, as under nohup, stays so.
+    """
 
     received: int | None = None
 
     def __enter__(self) -> Signals:
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows none
-            self.handlers = {number: signal.signal(number, self._keep) for number in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self.handlers = {number: signal.signal(number, self._keep) for number in numbers}
         return self
 
     def __exit__(self, *error) -> None:
@@ -134,6 +142,8 @@ class Signals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if sys.__stderr__ is None:  # it was closed before: 2 may be another file by now
+            return
         with suppress(OSError):  # a terminal that is gone
             os.write(2, f"\n{self.name}: the run ends after this step; Ctrl-C ends it at once\n".encode())
 
@@ -220,7 +230,11 @@ class Keeper:
         returned is emptied when the first step starts, so that no second copy of the model stays in memory.
         """
         if self.processes.rank == 0:
-            records.check_writable(self.args.out)
+            try:
+                records.check_writable(self.args.out)
+            except OSError as error:
+                why = f"records cannot be appended to {self.args.out}: {error.strerror}"
+                raise OSError(f"{why}. --out FILE names another file") from error
         if self._done():
             return None
         found = self.resume()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -27,11 +28,61 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Patient:
+    """A stream whose reader may go away, as a terminal does: what cannot be written any more is dropped, and the run goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # ± in a locale that has none
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+class Nowhere(io.TextIOBase):
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def fill_descriptors() -> None:
+    """Of 0, 1 and 2 those that are closed, so that no file gets a number that libraries print errors to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def patient_streams() -> None:
+    """stdout and stderr outlive their terminal, and print what they cannot encode as escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed when Python started
+            stream = Nowhere()
+            fill_descriptors()
+        if not isinstance(stream, Patient):
+            setattr(sys, name, Patient(stream))
+
+
 class Parser(argparse.ArgumentParser):
     """A wrong argument is answered with one line on usage and one on the error, and exit code 2."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=Help, **settings)
+
+    def parse_known_args(self, *arguments, **settings):
+        patient_streams()
+        return super().parse_known_args(*arguments, **settings)
 
     def error(self, message: str):
         self.exit(2, f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}\n")
@@ -43,7 +94,7 @@ def experiment_parser(
     """A parser with the flags of every training script. data_file: suffix of the files that --data takes beside the names."""
     parser = Parser(description=description)
     parser.add_argument("--method", choices=tuple(table), default="evograd", help="how the hyperparameters are learned")
-    parser.add_argument("--seed", type=int, default=1, help="of Python, NumPy, torch and the order of the data")
+    parser.add_argument("--seed", type=seed, default=1, help="of Python, NumPy, torch and the order of the data")
     names = ", ".join(data) + (f" or FILE{data_file}" if data_file else "")
     parser.add_argument(
         "--data",
@@ -223,6 +274,13 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    value = _number(text, float)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} given; a finite number of at least 0 is accepted")
+    return value
+
+
 def at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = _number(text, int)
@@ -231,6 +289,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def seed(text: str) -> int:
+    value = _number(text, int)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} given; an integer from 0 to {2**32 - 1} is accepted")
+    return value
 
 
 def device(text: str) -> torch.device:

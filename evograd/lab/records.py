@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -105,10 +106,17 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_regular(path: Path) -> None:
+    """OSError if `path` is there and a device, a pipe or the like: these can be neither locked nor replaced."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "a device or a pipe; only a regular file is accepted", str(path))
+
+
 def check_writable(path: str | Path) -> None:
     """Raise OSError now, not after hours, if records cannot be appended to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_regular(path)
     with open(path, "ab"):
         pass
 
