@@ -99,7 +99,7 @@ class Images:
 
 
 def decode(name: str, size: int) -> Tensor:
-    """An image file -> (3, size, size) uint8: the shorter side scaled to `size`, the middle cut out. ValueError names the file."""
+    """An image file -> (3, size, size) uint8: the shorter side scaled to `size`, the middle cut out. ValueError names it."""
     from PIL import Image
 
     image = open_image(name)

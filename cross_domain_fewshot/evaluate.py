@@ -30,7 +30,9 @@ def parse_args(argv=None):
     parser.add_argument("--backbone", choices=BACKBONES, help="refuse checkpoints of another")
     parser.add_argument("--head", choices=tuple(HEADS), help="refuse checkpoints of another")
     cli.add_device_argument(parser)
-    parser.add_argument("--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more")
+    parser.add_argument(
+        "--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more"
+    )
     parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
     parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the records are appended to")
     return parser.parse_args(argv)

@@ -75,7 +75,7 @@ def by_numbers(classes, numbers):
     """{split: its classes}: so many of each, spread over the classes in order."""
     if sum(numbers) != len(classes) or not all(numbers):
         given = " ".join(map(str, numbers))
-        raise ValueError(f"--split {given} given; three numbers of classes of at least 1, {len(classes)} together, are accepted")
+        raise ValueError(f"--split {given} given; three numbers of classes from 1, {len(classes)} together, are accepted")
     places = sorted(((i + 0.5) / n, SPLITS[k]) for k, n in enumerate(numbers) for i in range(n))
     of = {name: split for name, (_, split) in zip(classes, places)}
     return {split: {name: files for name, files in classes.items() if of[name] == split} for split in SPLITS}
@@ -143,7 +143,7 @@ def inside(root, name):
 
 
 def write_lists(out, domain, parts):
-    """The three lists of {split: its classes}; each knows all label names, so that a label means the same class in all of them."""
+    """The three lists of {split: its classes}; each knows all label names: a label means the same class in all of them."""
     names = list(dict.fromkeys(name for classes in parts.values() for name in classes))
     if all(list(classes) == sorted(classes) for classes in parts.values()):  # else the data set has an order of its own
         names.sort()

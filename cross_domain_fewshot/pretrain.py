@@ -53,7 +53,9 @@ def parse_args(argv=None):
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--seed", type=cli.seed, default=1, help="of the weights and the order of the data")
     cli.add_device_argument(parser)
-    parser.add_argument("--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more")
+    parser.add_argument(
+        "--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more"
+    )
     parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
     parser.add_argument("--out", required=True, metavar="FILE", help="the encoder; FILE.part is the checkpoint on the way")
     cli.add_resume_arguments(parser)

@@ -89,7 +89,9 @@ def parse_args(argv=None):
     parser.add_argument("--encoder", metavar="FILE", help="checkpoint of pretrain.py to start from; default: random weights")
     parser.add_argument("--amp", action="store_true", help="bfloat16 in the model's own update; hypergradients stay in float32")
     parser.add_argument("--test-episodes", type=cli.at_least(2), help=f"default: {by_data('test_episodes')}")
-    parser.add_argument("--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more")
+    parser.add_argument(
+        "--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more"
+    )
     parser.add_argument(
         "--workers", type=cli.at_least(0), default=2, help="processes that decode images if memory does not hold them"
     )
@@ -365,7 +367,7 @@ def run(args, processes):
             result = f"{metrics['accuracy']:.2f} ± {metrics['interval']:.2f} % of {args.test_episodes} episodes"
             print(f"{run_name(args)}: {result}, {keeper.clock.seconds:.0f} s")
             labels = [*range(args.n_way)] * (args.n_query * args.test_episodes)
-            cli.say_if_chance(run_name(args), metrics["accuracy"], labels, "More --epochs, --episodes or an --encoder may help.")
+            cli.say_if_chance(run_name(args), metrics["accuracy"], labels, "More --epochs or an --encoder may help.")
             keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps})
 
 

@@ -26,7 +26,8 @@ CIFAR_STD = [value / 255 for value in (63.0, 62.1, 66.7)]
 class Source:
     """A data set as it is published. Images (n, c, h, w), uint8; labels (n,), int64, from 0.
 
-    y_noisy: labels of the training images that are noisy already; with them y_train may be -1, where it is not known.  superclasses: (classes,), the superclass of each class.
+    y_noisy: labels of the training images that are noisy already; with them y_train may be -1, where it is not known.
+    superclasses: (classes,), the superclass of each class.
     """
 
     x_train: Tensor
@@ -45,7 +46,7 @@ class Source:
 
 @dataclass
 class Split:
-    """images: (n, c, h, w), uint8.  labels: (n,), what is trained on or tested against.  clean: (n,), the true labels, or -1."""
+    """images: (n, c, h, w), uint8.  labels: (n,), what is trained on or tested against.  clean: (n,), the true ones, or -1."""
 
     images: Tensor
     labels: Tensor

@@ -68,7 +68,7 @@ def parse_args(argv=None):
     add("--val-images", type=cli.at_least(1), metavar="N", help="clean images that choose the best epoch; default: likewise")
     add("--model", choices=list(MODELS), help="default: resnet32, digits small (a ResNet-8 of 8, 16, 32 channels)")
     add("--epochs", type=cli.at_least(1), help="default: 60; the rate is divided by 10 after 2/3 and after 5/6 of them")
-    add("--eval-every", type=cli.at_least(1), metavar="N", help="validate and test every N epochs, and after the last; default: 1")
+    add("--eval-every", type=cli.at_least(1), metavar="N", help="evaluate every N epochs and after the last; default: 1")
     add("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
     add("--lr", type=cli.positive, help="of the model's SGD (Nesterov 0.9, weight decay 5e-4); default: 0.1, digits 0.05")
     add("--crop-padding", type=cli.at_least(0), metavar="N", help="reflected pixels around a random crop; default: 4, digits 1")
@@ -335,7 +335,8 @@ def run(args, processes):
         """Accuracies after this epoch, if it is its turn; the curves get them together, when both are there."""
         seen = {}
         if epoch % (args.eval_every or 1) == 0 or epoch == args.epochs:
-            seen = {part: losses_and_accuracy(trainer.model, task, getattr(task, part), keeper.look) for part in ("val", "test")}
+            splits = {"val": task.val, "test": task.test}
+            seen = {part: losses_and_accuracy(trainer.model, task, split, keeper.look) for part, split in splits.items()}
         for part in ("val", "test"):
             curves[f"{part}_accuracy"].append(seen[part][1] if seen else None)
         if epoch in kept_epochs:

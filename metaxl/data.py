@@ -60,7 +60,7 @@ def _bio(path: Path, lines: list[str], language: str) -> list[Sentence]:
     Or more columns, with tabs or blanks between them, as CoNLL's files have them: the first is the word, the last its tag, and
     what lies between is not read. Lines with -DOCSTART- and comments (# where a sentence may begin) are left out.
     """
-    is_empty = lambda line: not line.strip(" \t") or line.startswith("-DOCSTART-")
+    is_empty = lambda line: not line.strip() or line.startswith("-DOCSTART-")
     first = next((line for line in lines if not is_empty(line) and not line.startswith("#")), "#\tO")
     tabs, width = "\t" in first, len(_columns(first, "\t" in first))
     sentences, words, tags = [], [], []
@@ -102,7 +102,7 @@ def _columns(line: str, tabs: bool) -> list[str]:
     if not tabs:
         return re.split(r"[ \t]+", line.strip(" \t"))
     *columns, last = line.rstrip(" \t").split("\t")
-    return [*columns, last.strip(" ")]
+    return [*columns, last.strip()]
 
 
 def _is_comment(line: str, columns: list[str], tabs: bool, width: int) -> bool:
@@ -115,7 +115,7 @@ def _sentiment(path: Path, lines: list[str], language: str) -> list[Sentence]:
     """`text<TAB>label` a line."""
     sentences = []
     for number, line in enumerate(lines, start=1):
-        if line.strip(" \t"):
+        if line.strip():
             columns = _columns(line, tabs=True)
             if len(columns) != 2:
                 what = "no tab" if len(columns) == 1 else f"{len(columns)} columns"

@@ -36,6 +36,7 @@ PUBLISHED = {  # SHA-256 of what they hold
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+IDX = {"images-idx3-ubyte": (2051, (28, 28)), "labels-idx1-ubyte": (2049, ())}  # a file's first number, the form of an item
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 
 
@@ -95,11 +96,10 @@ def _mnist(root: Path, part: str) -> tuple[Tensor, Tensor]:
     return images[16:].view(-1, 28, 28), labels[8:].long()
 
 
-IDX = {"images-idx3-ubyte": (2051, (28, 28)), "labels-idx1-ubyte": (2049, ())}  # the first number of a file, and the form of an item
 
 
 def data_fingerprint(name: str, data_dir: str) -> str | None:
-    """What the record of a run says of the content of files; None for embedded data, for MNIST as published, and if it is missing."""
+    """What the record of a run says of the content of files; None for embedded data and MNIST as published, or not there."""
     if name != "mnist" or _missing(Path(data_dir)):
         return None
     check_mnist(Path(data_dir))

@@ -80,7 +80,7 @@ CASES = {
         (["--n-way", "1"], ["--n-way", "1 given", "at least 2"]),
         (["--seed", "-3"], ["--seed", "-3 given", "from 0 to 4294967295"]),
         (["--seen", "sans", "sans"], ["--seen sans sans", "two or more different"]),
-        (["--data", "filelists", "--data-dir", "/nowhere"], ["'miniImagenet' is not there", "no domain", "cross_domain_fewshot.prepare"]),
+        (["--data", "filelists", "--data-dir", "/nowhere"], ["'miniImagenet' is not there", "no domain", "fewshot.prepare"]),
         (["--cache-gb", "nan"], ["--cache-gb", "nan given", "at least 0"]),
         (["--checkpoint", "requirements.txt"], ["--checkpoint requirements.txt is there", "not written over"]),
     ],

@@ -328,7 +328,7 @@ def interrupt(monkeypatch, train, name, nth):
         ("metaxl", "predict", 4, 12),  # the test sentences, with the best epoch's parameters
     ],
 )
-def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(experiment, name, nth, step, tmp_path, at_step, monkeypatch, capsys):
+def test_a_signal_does_not_wait_for_an_evaluation(experiment, name, nth, step, tmp_path, at_step, monkeypatch, capsys):
     train = module(experiment)
     if experiment == "cross_domain_fewshot":
         monkeypatch.setattr(train, "load_domain", load_domain_once)

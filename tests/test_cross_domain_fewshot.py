@@ -501,7 +501,8 @@ def test_file_lists(lists):
 def half_white(mode):
     """The left half is black, the right one is white."""
     image = Image.new(mode, (40, 20), {"CMYK": (0, 0, 0, 255)}.get(mode, 0))
-    image.paste({"I;16": 65535, "RGB": (255,) * 3, "CMYK": (0,) * 4, "RGBA": (255,) * 4, "LA": (255, 255)}.get(mode, 255), (20, 0, 40, 20))
+    white = {"RGB": (255,) * 3, "CMYK": (0,) * 4, "RGBA": (255,) * 4, "LA": (255, 255)}.get(mode, 255)
+    image.paste(white, (20, 0, 40, 20))
     return image
 
 
@@ -667,7 +668,7 @@ def test_folders_that_are_split_already_stay_so(tmp_path, capsys, refused):
     arguments = image_folders(tmp_path / "set", names)
     prepare.main(arguments)
     assert listed(tmp_path) == [["a", "b"], ["a"], ["a", "c"]]
-    refused(prepare.main, [*arguments, "--split", "1", "1", "1"], ["--split given", "is split already: train, Validation, test"])
+    refused(prepare.main, [*arguments, "--split", "1", "1", "1"], ["--split given", "split already: train, Validation, test"])
 
 
 def test_numbers_of_classes_of_each_split(tmp_path, capsys, refused):

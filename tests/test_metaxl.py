@@ -360,19 +360,22 @@ def test_bio_files_are_read_as_they_were_written(prefix, tmp_path):
     assert read == [Sentence(["aa:b", ":"], ["O", "B-LOC"]), Sentence(["New York"], ["I-LOC"])]
 
 
-CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n-DOCSTART- -X- -X- O\n\n# NN B-NP O\nPeter NNP B-NP B-PER\n"
+CONLL = "-DOCSTART- -X- -X- O\n\nEU NNP B-NP B-ORG\nrejects VBZ B-VP O\n\n"
+CONLL += "-DOCSTART- -X- -X- O\n\n# NN B-NP O\nPeter NNP B-NP B-PER\n"
+READ = [(["EU", "rejects"], ["B-ORG", "O"]), (["#", "Peter"], ["O", "B-PER"])]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (CONLL, [(["EU", "rejects"], ["B-ORG", "O"]), (["#", "Peter"], ["O", "B-PER"])]),
-        (CONLL.replace(" ", "\t").replace("\n", "\r\n"), [(["EU", "rejects"], ["B-ORG", "O"]), (["#", "Peter"], ["O", "B-PER"])]),
+        (CONLL, READ),
+        (CONLL.replace(" ", "\t").replace("\n", "\r\n"), READ),
         ("# text = Vitamin O\n# Vitamin O\nVitamin  O\n# O\n", [(["Vitamin", "#"], ["O", "O"])]),
         ("#\thttp://a.b [2009]\nNew York\tx\tB-LOC\t\n", [(["New York"], ["B-LOC"])]),
         ("\ufeffa\tO\n", [(["a"], ["O"])]),
         ("a\u2028b\x85c\x0bd\x1ce\xa0f\tB-PER\ng\tO\n", [(["a\u2028b\x85c\x0bd\x1ce\xa0f", "g"], ["B-PER", "O"])]),
         ("a\xa0b O\n\u3000 O\n", [(["a\xa0b", "\u3000"], ["O", "O"])]),
+        ("a\tO\xa0\n\u3000\nb\tO\n", [(["a"], ["O"]), (["b"], ["O"])]),
         ("#\tO\n\u200b\tO\n", [(["#", "\u200b"], ["O", "O"])]),
     ],
 )
@@ -409,12 +412,14 @@ def test_words_without_a_sub_word_are_o_and_teach_nothing():
         sum(losses).backward()
     whole = examples.batch([20, 0], torch.device("cpu"))
     model.eval()
-    torch.testing.assert_close(sum(train.cross_entropy(model(part), part) for part in whole.split(2)), train.cross_entropy(model(whole), whole))
+    in_parts = sum(train.cross_entropy(model(part), part) for part in whole.split(2))
+    torch.testing.assert_close(in_parts, train.cross_entropy(model(whole), whole))
 
 
 def test_test_sentences_and_evaluations_can_be_fewer(tmp_path, monkeypatch, capsys):
     predicted, predict = [], train.predict
-    monkeypatch.setattr(train, "predict", lambda *args, **settings: (predicted.append(len(args[1])), predict(*args, **settings))[1])
+    spied = lambda model, some, *args, **settings: (predicted.append(len(some)), predict(model, some, *args, **settings))[1]
+    monkeypatch.setattr(train, "predict", spied)
     record = run(tmp_path, "joint_training", "--epochs", "3", "--eval-every", "2", "--test-size", "11")
     assert predicted == [20, 20, 11]  # dev after epochs 2 and 3, test
     assert record["config"]["test_size"] == 11
@@ -730,7 +735,7 @@ def without_layers(config, tokenizer):
 )
 def test_encoders_that_do_not_fit_are_refused_before_the_run(change, words, tmp_path, refused, capsys):
     folder = encoder_folder(tmp_path / "encoder", change)
-    arguments = ["--method", "evograd", "--encoder", folder, "--max-length", "40", *SMALL, "--out", str(tmp_path / "runs.jsonl")]
+    arguments = ["--encoder", folder, "--max-length", "40", *SMALL, "--out", str(tmp_path / "runs.jsonl")]
     refused(train.main, arguments, ["--encoder", *words])
 
 

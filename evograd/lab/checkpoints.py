@@ -67,7 +67,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_ours(path: str | Path, flag: str) -> None:
-    """FileExistsError if there is a file at `path` that torch.save has not written: it is somebody's, and is not written over."""
+    """FileExistsError if there is a file at `path` that torch.save has not written: it is somebody's."""
     path = Path(path)
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
@@ -183,8 +183,8 @@ class Keeper:
                 keeper.record(metrics, cost, measure_more)
 
     A signal is kept until a step is whole. One that comes after the last step costs the record nothing but the cost of a step.
-    An evaluation looks whether one has come: the run then ends with a checkpoint of the step before, and a resumed one evaluates
-    that step (`state` must tell whether it has been).
+    An evaluation looks whether one has come: the run then ends with a checkpoint of the step before, and a resumed one makes up
+    for the evaluation (`state` must tell whether it has been).
 
     A checkpoint is written after every args.checkpoint_every steps, on SIGTERM and Ctrl-C after the step that they meet, and
     after the last step, unless the run is too short for the first kind. It is removed when the result line is there, unless

@@ -29,7 +29,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Patient:
-    """A stream whose reader may go away, as a terminal does: what cannot be written any more is dropped, and the run goes on."""
+    """A stream whose reader may go away, as a terminal does: what cannot be written is dropped, and the run goes on."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -22,7 +22,7 @@ def fingerprint(*parts: str | bytes) -> str:
 
 
 def fingerprint_of_images(names: Iterable[str], labels: Iterable[int], n_read: int = 32) -> str:
-    """Of many image files: their names (without the folders that they lie in), labels and sizes, and what n_read of them hold."""
+    """Of many image files: their names (without the place of their folders), labels, sizes, and what n_read of them hold."""
     files = [Path(name) for name in names]
     listed = "\n".join(f"{'/'.join(file.parts[-2:])} {label} {file.stat().st_size}" for file, label in zip(files, labels))
     return fingerprint(listed, *(file.read_bytes() for file in files[:: max(1, len(files) // n_read)]))
