@@ -362,13 +362,17 @@ def run(args, processes):
 
         with keeper.paused():
             accuracies = score(trainer.model, test, args, args.test_episodes, TEST_SEED, n_workers, processes, keeper.look)
-            metrics = describe(trainer, history, accuracies) | {"train_loss": torch.stack(losses).mean()}
-            keeper.show(accuracy=metrics["accuracy"])
-            result = f"{metrics['accuracy']:.2f} ± {metrics['interval']:.2f} % of {args.test_episodes} episodes"
-            print(f"{run_name(args)}: {result}, {keeper.clock.seconds:.0f} s")
-            labels = [*range(args.n_way)] * (args.n_query * args.test_episodes)
-            cli.say_if_chance(run_name(args), metrics["accuracy"], labels, "More --epochs or an --encoder may help.")
-            keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps})
+            finish(keeper, args, describe(trainer, history, accuracies) | {"train_loss": torch.stack(losses).mean()})
+
+
+def finish(keeper, args, metrics):
+    """Say what came out, and record it."""
+    keeper.show(accuracy=metrics["accuracy"])
+    result = f"{metrics['accuracy']:.2f} ± {metrics['interval']:.2f} % of {args.test_episodes} episodes"
+    print(f"{run_name(args)}: {result}, {keeper.clock.seconds:.0f} s")
+    labels = [*range(args.n_way)] * (args.n_query * args.test_episodes)
+    cli.say_if_chance(run_name(args), metrics["accuracy"], labels, "More --epochs or an --encoder may help.")
+    keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / (args.epochs * args.episodes)})
 
 
 if __name__ == "__main__":

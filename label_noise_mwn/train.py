@@ -13,6 +13,7 @@ noise as it was drawn, cost of a step) is appended to --out as one JSON line.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -316,7 +317,6 @@ def run(args, processes):
     label = f"label noise {data_name(args)} {args.noise} {args.noise_level} {args.method} seed {args.seed}"
     curves = {"train_loss": [], "val_accuracy": [], "test_accuracy": []}
     weight_curves = {0: learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))}
-    kept_epochs = {round(args.epochs * part) for part in (0.1, 0.25, 0.5, 1)}
     losses = []  # of this epoch: tensors on the device, read when it is done
     if found:
         trainer.load_state_dict(found["trainer"])
@@ -331,25 +331,7 @@ def run(args, processes):
         "losses": losses,
     }
 
-    def evaluate(epoch):
-        """Accuracies after this epoch, if it is its turn; the curves get them together, when both are there."""
-        seen = {}
-        if epoch % (args.eval_every or 1) == 0 or epoch == args.epochs:
-            splits = {"val": task.val, "test": task.test}
-            seen = {part: losses_and_accuracy(trainer.model, task, split, keeper.look) for part, split in splits.items()}
-        for part in ("val", "test"):
-            curves[f"{part}_accuracy"].append(seen[part][1] if seen else None)
-        if epoch in kept_epochs:
-            weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
-        shown = {name: values[-1] for name, values in curves.items() if values[-1] is not None}
-        if seen and trainer.meta.learns:  # of the validation images, whose labels are right
-            shown["weight"] = learned_weights(trainer.weight_net, seen["val"][0]).mean().item()
-        keeper.show(**shown)
-
-    def step_alone():
-        keeper.look()
-        return trainer.step()
-
+    evaluate = partial(evaluated, keeper, trainer, task, curves, weight_curves)
     with keeper:
         if len(curves["train_loss"]) > len(curves["val_accuracy"]):  # the run was stopped while it evaluated
             evaluate(len(curves["train_loss"]))
@@ -363,17 +345,40 @@ def run(args, processes):
             evaluate((step + 1) // steps_an_epoch)
 
         with keeper.paused():
-            metrics = describe(trainer, task, curves, weight_curves, keeper.look)
-            auc, best = metrics.get("weight_auc"), metrics["test_accuracy_best"]
-            keeper.show(test_accuracy_best=best, **({} if auc is None else {"weight_auc": auc}))
-            result = f"test accuracy {metrics['test_accuracy_last']:.2f} % at the end, {best:.2f} % at the best"
-            result += f" epoch ({metrics['best_epoch']})"
-            result += "" if auc is None else f", area under the ROC curve of the weights {auc:.3f}"
-            print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
-            last, labels = metrics["test_accuracy_last"], task.test.labels.tolist()
-            cli.say_if_chance(label, last, labels, "A lower --lr or more --epochs may help.")
-            args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
-            keeper.record(metrics, {}, lambda: step_cost(measure(step_alone, repeats=5, warmup=1)))
+            finish(keeper, label, trainer, task, describe(trainer, task, curves, weight_curves, keeper.look))
+
+
+def evaluated(keeper, trainer, task, curves, weight_curves, epoch):
+    """Accuracies after this epoch, if it is its turn; the curves get them together, when both are there."""
+    args, seen = trainer.args, {}
+    if epoch % (args.eval_every or 1) == 0 or epoch == args.epochs:
+        splits = {"val": task.val, "test": task.test}
+        seen = {part: losses_and_accuracy(trainer.model, task, split, keeper.look) for part, split in splits.items()}
+    for part in ("val", "test"):
+        curves[f"{part}_accuracy"].append(seen[part][1] if seen else None)
+    if epoch in {round(args.epochs * part) for part in (0.1, 0.25, 0.5, 1)}:
+        weight_curves[epoch] = learned_weights(trainer.weight_net, LOSS_GRID.to(args.device))
+    shown = {name: values[-1] for name, values in curves.items() if values[-1] is not None}
+    if seen and trainer.meta.learns:  # of the validation images, whose labels are right
+        shown["weight"] = learned_weights(trainer.weight_net, seen["val"][0]).mean().item()
+    keeper.show(**shown)
+
+
+def finish(keeper, label, trainer, task, metrics):
+    """Say what came out, measure the step's own cost, now that the training's result is taken, and record both."""
+    auc, last, best = metrics.get("weight_auc"), metrics["test_accuracy_last"], metrics["test_accuracy_best"]
+    keeper.show(test_accuracy_best=best, **({} if auc is None else {"weight_auc": auc}))
+    result = f"test accuracy {last:.2f} % at the end, {best:.2f} % at the best epoch ({metrics['best_epoch']})"
+    result += "" if auc is None else f", area under the ROC curve of the weights {auc:.3f}"
+    print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
+    cli.say_if_chance(label, last, task.test.labels.tolist(), "A lower --lr or more --epochs may help.")
+    trainer.args.log_quality = None
+
+    def step_alone():
+        keeper.look()
+        return trainer.step()
+
+    keeper.record(metrics, {}, lambda: step_cost(measure(step_alone, repeats=5, warmup=1)))
 
 
 if __name__ == "__main__":

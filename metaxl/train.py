@@ -492,28 +492,8 @@ def run(args, processes):
         seen["epoch_losses"] = [loss.to(args.device) for loss in seen["epoch_losses"]]
     state = lambda: {"trainer": trainer.state_dict(), "data": data.state_dict(), **seen}
 
-    def evaluate(epoch):
-        """Dev F1 after this epoch, if it is its turn."""
-        with keeper.paused():
-            now = epoch % (args.eval_every or 1) == 0 or epoch == args.epochs
-            found = score("dev") if now else None
-            seen["dev_f1"].append(found)
-            if now and found == max(evaluated()):  # of equal ones the last
-                seen["best"] = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
-                seen["best_epoch"] = epoch
-            shown = {"dev_f1": found} if now else {}
-            if keeper.board is not None and now and trainer.meta.learns:
-                for language, some in languages.items():
-                    means = gates(model, some, args.device).values()
-                    shown[f"gate_{language}"] = sum(means) / len(means)
-            keeper.show(loss=seen["losses"][-1], **shown)
-
-    def step_alone():
-        keeper.look()
-        return trainer.step(next(data))
-
-    evaluated = lambda: [found for found in seen["dev_f1"] if found is not None]
     languages = {args.source: examples["source"], args.target: examples["dev"]}
+    evaluate = partial(evaluated, keeper, trainer, score, seen, languages)
     with keeper:
         if len(seen["losses"]) > len(seen["dev_f1"]):  # the run was stopped while it evaluated
             evaluate(len(seen["losses"]))
@@ -526,26 +506,65 @@ def run(args, processes):
             evaluate((step + 1) // steps_an_epoch)
 
         with keeper.paused():
-            seconds = {"seconds_per_step": keeper.clock.seconds / n_steps}
-            last = [p.detach().clone() for p in trainer.hyperparameters]
-            trained = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
-            model.load_state_dict(seen["best"])
-            try:
-                metrics = {"test_f1": score("test"), "dev_f1": max(evaluated()), "best_epoch": seen["best_epoch"]}
-            except BaseException:
-                model.load_state_dict(trained)  # a checkpoint holds these
-                raise
-            metrics |= {"dev_f1_epochs": seen["dev_f1"], "train_loss_epochs": seen["losses"]}
+            last_of_lambda = [p.detach().clone() for p in trainer.hyperparameters]
+            metrics = tested(trainer, score, seen)
             if trainer.meta.learns:
-                metrics |= describe(trainer, languages, start_of_lambda, last)
-            keeper.show(test_f1=metrics["test_f1"])
-            result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {metrics['best_epoch']})"
-            print(f"{what}: {result}, {keeper.clock.seconds:.0f} s")
-            if not metrics["test_f1"]:
-                print(f"{what}: nothing was found rightly: nothing was learned. More --epochs or another --lr may help.")
-            args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
-            measures = {"peak_bytes": peak_bytes, "flops": flops, "launches": launches}
-            keeper.record(metrics, seconds, lambda: {name: measured(step_alone) for name, measured in measures.items()})
+                metrics |= describe(trainer, languages, start_of_lambda, last_of_lambda)
+            finish(keeper, what, trainer, data, n_steps, metrics)
+
+
+def dev_f1(seen):
+    """Of the epochs that were evaluated."""
+    return [found for found in seen["dev_f1"] if found is not None]
+
+
+def evaluated(keeper, trainer, score, seen, languages, epoch):
+    """Dev F1 after this epoch, if it is its turn."""
+    args, model = trainer.args, trainer.model
+    with keeper.paused():
+        now = epoch % (args.eval_every or 1) == 0 or epoch == args.epochs
+        found = score("dev") if now else None
+        seen["dev_f1"].append(found)
+        if now and found == max(dev_f1(seen)):  # of equal ones the last
+            seen["best"] = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+            seen["best_epoch"] = epoch
+        shown = {"dev_f1": found} if now else {}
+        if keeper.board is not None and now and trainer.meta.learns:
+            for language, some in languages.items():
+                means = gates(model, some, args.device).values()
+                shown[f"gate_{language}"] = sum(means) / len(means)
+        keeper.show(loss=seen["losses"][-1], **shown)
+
+
+def tested(trainer, score, seen):
+    """Test F1 of the parameters that dev F1 chose, which the model has afterwards."""
+    model = trainer.model
+    trained = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+    model.load_state_dict(seen["best"])
+    try:
+        found = {"test_f1": score("test"), "dev_f1": max(dev_f1(seen)), "best_epoch": seen["best_epoch"]}
+    except BaseException:
+        model.load_state_dict(trained)  # a checkpoint holds these
+        raise
+    return {**found, "dev_f1_epochs": seen["dev_f1"], "train_loss_epochs": seen["losses"]}
+
+
+def finish(keeper, what, trainer, data, n_steps, metrics):
+    """Say what came out, measure the step's own cost, now that the training's result is taken, and record both."""
+    keeper.show(test_f1=metrics["test_f1"])
+    result = f"test F1 {metrics['test_f1']:.2f} %, dev F1 {metrics['dev_f1']:.2f} % (epoch {metrics['best_epoch']})"
+    print(f"{what}: {result}, {keeper.clock.seconds:.0f} s")
+    if not metrics["test_f1"]:
+        print(f"{what}: nothing was found rightly: nothing was learned. More --epochs or another --lr may help.")
+    trainer.args.log_quality = None
+
+    def step_alone():
+        keeper.look()
+        return trainer.step(next(data))
+
+    measures = {"peak_bytes": peak_bytes, "flops": flops, "launches": launches}
+    costs = lambda: {name: measured(step_alone) for name, measured in measures.items()}
+    keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps}, costs)
 
 
 if __name__ == "__main__":

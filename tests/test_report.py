@@ -659,3 +659,14 @@ def test_a_figure_of_nothing_is_not_made(tmp_path, titles, capsys):
 
     assert drawn(plot, [], tmp_path, titles) == {}
     assert "no run of rotation in" in capsys.readouterr().out
+
+
+def test_fingerprints_tell_data_apart_where_both_are_known(tmp_path):
+    """Runs from before data had one stand with those after; two different ones are two rows."""
+    path = tmp_path / "results.jsonl"
+    for seed, accuracy, mark in ((1, 90.0, None), (2, 92.0, "ab"), (3, 94.0, "ab")):
+        append_line(path, line("a", seed, accuracy, **({"fingerprint": mark} if mark else {})))
+    rows = lambda: [row[:3] for row in tables.build_table(SPEC["tables"][0], read_runs([path])[0]).rows[:2]]
+    assert rows()[0] == ["ours", "3", "92.0 ± 2.0"]
+    append_line(path, line("a", 1, 10.0, fingerprint="cd"))
+    assert rows() == [["ours", "3", "92.0 ± 2.0"], ["ours, fingerprint cd", "1", "10.0"]]

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .records import read_runs, settings_key
+from .records import by_configuration, read_runs, settings_key
 from .tables import OF_LEARNING, OF_METHOD, differences, named
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), the same in every figure.
@@ -78,13 +78,12 @@ def usual_settings(runs: list[dict], names: Sequence[str]) -> list[dict]:
     configuration."""
     groups = {}
     for run in runs:
-        group = groups.setdefault(tuple(run["config"][name] for name in names), {})
-        group.setdefault(settings_key(run["config"], without=["seed"]), []).append(run)
+        groups.setdefault(tuple(run["config"][name] for name in names), []).append(run)
     # Without what is the method's own. `names` but the method stay: runs of other data have no say.
-    common = lambda run: settings_key(run["config"], without=("seed", "method", *OF_METHOD, *OF_LEARNING))
+    common = lambda run: settings_key(run["config"], without=("seed", "method", "fingerprint", *OF_METHOD, *OF_LEARNING))
     support = Counter(map(common, runs))
     size = lambda group: (len(group), support[common(group[0])])
-    return [run for group in groups.values() for run in max(reversed(group.values()), key=size)]
+    return [run for group in groups.values() for run in max(reversed(by_configuration(group)), key=size)]
 
 
 def heading(

@@ -180,6 +180,24 @@ def settings_key(config: dict, without: Iterable[str] = ()) -> str:
     return json.dumps({k: v for k, v in given(config).items() if k not in without}, sort_keys=True)
 
 
+def by_configuration(runs: Iterable[dict], across: Iterable[str] = ("seed",)) -> list[list[dict]]:
+    """Runs that differ in nothing but the settings `across`, together.
+
+    The fingerprint of the data tells two groups apart where both are known; older records have none, and stand with the first.
+    """
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(settings_key(run["config"], (*across, "fingerprint")), []).append(run)
+    result: list[list[dict]] = []
+    for group in groups.values():
+        known = list(dict.fromkeys(run["config"]["fingerprint"] for run in group if run["config"].get("fingerprint")))
+        parts: dict[str | None, list[dict]] = {}
+        for run in group:
+            parts.setdefault(run["config"].get("fingerprint") or (known[0] if known else None), []).append(run)
+        result += parts.values()
+    return result
+
+
 def mean_std(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
     """(mean, sample standard deviation, n) of the numbers that are there; std is None for fewer than two."""
     values = [v for v in values if v is not None]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .methods import ESTIMATORS
-from .records import mean_std, settings_key
+from .records import by_configuration, mean_std
 
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
 NOT_RUN = "not run"
@@ -234,9 +234,8 @@ def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) ->
     columns, measures = experiment.get("data", []), experiment.get("measures", [])
     apart = [name for column in columns for name in column["settings"]]
     own, usual = differences([run["config"] for run in runs], apart)
-    groups: dict[str, list[int]] = {}
-    for i, run in enumerate(runs):
-        groups.setdefault(settings_key(run["config"], ["seed"]), []).append(i)
+    number = {id(run): i for i, run in enumerate(runs)}
+    groups = [[number[id(run)] for run in group] for group in by_configuration(runs)]
     order = {name: i for i, name in enumerate(methods)}
 
     def place(group: list[int]) -> tuple:
@@ -244,7 +243,7 @@ def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) ->
         return [_sortable(config.get(name)) for name in apart], order.get(str(config.get("method")), len(order))
 
     rows = []
-    for group in sorted(groups.values(), key=place):
+    for group in sorted(groups, key=place):
         mine = [runs[i] for i in group]
         config = mine[0]["config"]
         method = _text(config.get("method"))
@@ -272,7 +271,7 @@ def differences(configs: Sequence[dict], without: Iterable[str] = ()) -> tuple[l
     Not of the seed, the method, and the settings `without`. Where the method decides on a setting's default, or on whether it
     is read, a configuration is compared with those of its method, and the second dict does not have the setting.
     """
-    names = dict.fromkeys(name for config in configs for name in config if name not in ("seed", "method", *without))
+    names = dict.fromkeys(name for config in configs for name in config if name not in ("seed", "method", "fingerprint", *without))
 
     def peers(name: str, config: dict) -> tuple[str, str | None]:
         method = str(config.get("method"))
@@ -337,14 +336,14 @@ def _key(column: dict) -> str:
 
 def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dict]]]:
     """Runs of one configuration but for the keys `across` are one row; what sets further rows apart follows their label."""
-    groups: dict[str, list[dict]] = {}
-    for run in runs:
-        groups.setdefault(settings_key(run["config"], across), []).append(run)
-    ordered = sorted(groups.values(), key=len, reverse=True)
+    ordered = sorted(by_configuration(runs, across), key=len, reverse=True)
     result = []
     for group in ordered:
         usual, this = ordered[0][0]["config"], group[0]["config"]
-        different = [k for k in {**usual, **this} if k not in across and usual.get(k) != this.get(k)]
+        same = (*across, "fingerprint")
+        different = [k for k in {**usual, **this} if k not in same and usual.get(k) != this.get(k)]
+        if group is not ordered[0] and not different:
+            different = ["fingerprint"]
         result.append(("".join(f", {k} {_text(this.get(k))}" for k in different), group))
     return result
 
