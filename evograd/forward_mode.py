@@ -287,15 +287,13 @@ def glu(_, x, dim=-1):
     return a * b.sigmoid()
 
 
-def _batch_norm(_, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(_, x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
     if not training and running_mean is not None:
         return None  # statistics that are constants: PyTorch's own formula is right
     return _normalized(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
 
 
-def _instance_norm(
-    _, x, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
-):
+def _instance_norm(_, x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled):
     if not use_input_stats:
         return None
     return _normalized(x, list(range(2, x.ndim)), eps, *(_by_channel(p, x) for p in (weight, bias)))
@@ -309,13 +307,6 @@ def _rms_norm(_, x, normalized_shape, weight=None, eps=None):
     square = (x * x).mean(list(range(-len(normalized_shape), 0)), keepdim=True)
     y = x * (square + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
     return y if weight is None else y * weight
-
-
-def _torch_order(form: Callable) -> Callable:
-    """torch.batch_norm's order of arguments, which torch.instance_norm's is too."""
-    return lambda _, x, weight, bias, mean, var, training, momentum, eps, cudnn: form(
-        _, x, mean, var, weight, bias, training, momentum, eps
-    )
 
 
 def _by_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
@@ -407,21 +398,19 @@ DRAWS = "it draws in another order where its input is not contiguous"
 NO_FORMULA = "it has no formula"
 NO_STORAGE = "it reads memory that a tensor of forward mode has not"
 ROWS = (
-    Row("nn.functional.batch_norm", _batch_norm, tangents, STATISTICS, issue=196699),
-    Row("nn.functional.instance_norm", _instance_norm, tangents, STATISTICS, issue=196699),
-    Row("nn.functional.layer_norm layer_norm", _layer_norm, tangents, STATISTICS, "native_layer_norm", issue=196700),
+    Row("layer_norm", _layer_norm, tangents, STATISTICS, "native_layer_norm", issue=196700),
+    Row("instance_norm", _instance_norm, tangents, STATISTICS, issue=196699),
     Row(
         "batch_norm",
-        _torch_order(_batch_norm),
+        _batch_norm,
         tangents,
         STATISTICS,
         "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
         True,
         196699,
     ),
-    Row("instance_norm", _torch_order(_instance_norm), tangents, STATISTICS, issue=196699),
     Row("", by_reverse, traced_tangents, STATISTICS, "_batch_norm_with_update", issue=196699),
-    Row("nn.functional.rms_norm rms_norm", _rms_norm, traced_tangents, "its fused kernel saves statistics", "_fused_rms_norm"),
+    Row("rms_norm", _rms_norm, traced_tangents, "its fused kernel saves statistics", "_fused_rms_norm"),
     Row(
         "linalg.solve linalg.solve_ex linalg.tensorsolve",
         by_reverse,
