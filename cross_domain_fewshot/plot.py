@@ -12,9 +12,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from evograd.lab import figures
 from evograd.lab.figures import COLOURS
-from evograd.lab.methods import MAIN
 
 from .data import GLYPH_FONTS, PAPER_DOMAINS
+from .scale import METHODS
 
 # Of the tables.
 DOMAINS = {*GLYPH_FONTS, *PAPER_DOMAINS, "tiny_imagenet", "omniglot"}
@@ -109,7 +109,7 @@ def plot_transformations(runs, path, title, every, remark):
     figures.save(figure, path, remark)
 
 
-SCALE = {"plain": "plain step", **{method: figures.TITLES[method] for method in MAIN}}
+SCALE = {"plain": "plain step", **{method: figures.TITLES[method] for method in METHODS if method in figures.TITLES}}
 MARKERS = dict(zip(SCALE, "s^oDv"))  # lines of methods that need the same lie on each other
 
 
