@@ -26,9 +26,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 def directional(function: Callable, primals: dict[str, Tensor], tangents: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(function(primals), its derivative along the tangents), to be differentiated further in reverse mode."""
     # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
+    first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
     with Replacing():
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     for node in _nodes(_functions([value, slope])):
+        if node._sequence_nr() < first:
+            continue  # of a graph from before, to which forward mode had no part
         name, row = _BY_NODE.get(node.name().partition("Backward")[0], (None, None))
         if row and (row.value is None or row.value in (getattr(node, "_saved_training", 0), getattr(node, "_saved_reduce", 0))):
             raise NotImplementedError(
