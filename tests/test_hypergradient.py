@@ -201,6 +201,26 @@ def smooth_network():
     )
 
 
+@pytest.mark.parametrize("n_candidates", [2, 4])
+def test_a_guided_pair_that_shares_its_kinks_is_mixed_mode(n_candidates, float64):
+    """ReLU and max-pooling, λ in front of the network; at a radius of 1e-3 activations cross their kinks."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(inplace=True), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+    x, x_val, y, y_val = torch.randn(16, 1, 12, 12), torch.randn(16, 1, 12, 12), torch.randint(4, (16,)), torch.randint(4, (16,))
+    scale = torch.rand(12, 12, requires_grad=True)
+    args = (lambda m: F.cross_entropy(m(x * scale), y), lambda m: F.cross_entropy(m(x_val), y_val), model, [scale])
+    exact = evograd.mixed_mode(*args, inner_lr=0.1, lookahead="sgd").grads
+    guided = lambda **settings: evograd.hypergradient(
+        *args, noise="guided", inner_lr=0.1, lookahead="sgd", n_candidates=n_candidates, **settings
+    ).grads
+    assert relative_difference(guided(radius=1e-6), exact) < 1e-6
+    assert relative_difference(guided(), exact) < 1e-6
+    assert relative_difference(guided(radius=1e-3), exact) < 1e-5
+    assert relative_difference(guided(radius=1e-3, share_kinks=False), exact) > 1
+
+
 @pytest.mark.parametrize("n_candidates", [2, 3, 6])
 @pytest.mark.parametrize("lookahead", ["sgd", None])
 def test_guided_is_close_to_second_order(lookahead, n_candidates):
