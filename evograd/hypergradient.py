@@ -296,8 +296,9 @@ class _Batched:
             return self._evaluate(self.chunks[0])
         losses = []
         for chunk in self.chunks:
-            self.starts.append(self.starts[0] if self.starts and self.candidates.common else self.problem.draws.state())
-            with self.problem.draws.replay(self.starts[-1] if self.candidates.common else None), torch.no_grad():
+            again = self.starts[0] if self.starts and self.candidates.common else None  # the first chunk draws anew
+            self.starts.append(again or self.problem.draws.state())
+            with self.problem.draws.replay(again), torch.no_grad():
                 losses.append(self._evaluate(chunk))
         return torch.cat(losses)
 
@@ -319,9 +320,7 @@ class _Batched:
             flat = bucket.empty(len(chunk))
             for row, k in zip(flat, chunk):
                 epsilon.scaled(k, b, self.candidates.sigma, out=row)
-            views = bucket.views(flat)
-            torch._foreach_add_(views, bucket.tensors)
-            stacked.update(zip(bucket.names, views))
+            stacked.update(bucket.moved(flat))
         buffers = [b.expand(len(chunk), *b.shape).clone() for b in problem.slots.buffers.values()]
 
         def loss(parameters: dict[str, Tensor], buffers: list[Tensor]) -> Tensor:

@@ -107,7 +107,7 @@ class Bucket:
         return flat
 
     def moved(self, flat: Tensor) -> dict[str, Tensor]:
-        """{name: θ + step} of the steps in a flat tensor, which becomes the result's storage."""
+        """{name: θ + step} of the steps in a flat tensor, or in its rows, which becomes the result's storage."""
         views = self.views(flat)
         torch._foreach_add_(views, self.tensors)
         return dict(zip(self.names, views))

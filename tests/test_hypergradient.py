@@ -142,6 +142,24 @@ def test_noise_differs_between_tensors_and_candidates():
     assert torch.equal(noise(1, "a"), drawn[2])
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_batched_candidates_draw_and_move_on(chunk_size):
+    """With common random numbers all chunks see the same draws; whoever draws afterwards gets others."""
+    problem = bilevel("mlp")
+    draws = []
+
+    def train_loss(model):
+        draws.append(torch.rand(()).item())
+        return problem.train_loss(model)
+
+    settings = dict(n_candidates=4, strategy="vmap", chunk_size=chunk_size, common_random_numbers=True)
+    for _ in range(2):
+        evograd.hypergradient(train_loss, *problem.args()[1:], **settings)
+    n = len(draws) // 2
+    assert len(set(draws[:n])) == len(set(draws[n:])) == 1 and draws[0] != draws[n]
+    assert torch.rand(()).item() not in draws
+
+
 # --- theory ------------------------------------------------------------------------------------------------------------
 
 
