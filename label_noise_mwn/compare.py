@@ -1,6 +1,6 @@
 """What one step of each method costs at the paper's size, measured side by side: time, FLOPs, peak bytes.
 
-    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--batch-size 100] [--channels-last]
+    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--width 1] [--batch-size 100] [--channels-last]
     python -m label_noise_mwn.compare --fake --model wrn28_10       without time, on any machine: FLOPs and bytes are counted
                                                                     on tensors that have shapes and no values (FakeTensorMode)
     python -m label_noise_mwn.compare --variants                    what channels last, torch.compile and autocast save
@@ -57,19 +57,21 @@ def variants(args, common, task):
 def main(argv=None):
     parser = cli.comparison_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="resnet32")
+    parser.add_argument("--width", type=cli.at_least(1), default=1, metavar="N", help="N times the model's channels")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
     parser.add_argument("--channels-last", action="store_true", help="memory format of images and model")
     parser.add_argument("--fake", action="store_true", help="take no time: count FLOPs and bytes only")
     parser.add_argument("--variants", action="store_true", help="of every step: what memory format, compiler and autocast save")
     args = parser.parse_args(argv)
     if args.variants and (args.fake or args.channels_last or args.json):
-        parser.error("--variants goes with --model, --batch-size, --methods, --repeats and --out alone")
+        parser.error("--variants goes with --model, --width, --batch-size, --methods, --repeats and --out alone")
     seed_everything(1)
     n_meta = -(-args.batch_size // 10) * 10
     task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
-    common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--batch-size", str(args.batch_size)]
+    common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--width", str(args.width)]
+    common += ["--batch-size", str(args.batch_size)]
+    config = {"model": args.model, "width": args.width if args.width > 1 else None, "batch_size": args.batch_size}
     if args.variants:
-        config = {"model": args.model, "batch_size": args.batch_size}
         faster = variants(args, common, task)
         if args.out:
             append_run(args.out, "label_noise_mwn_variants", config, faster, {}, args.device)
@@ -80,8 +82,7 @@ def main(argv=None):
         trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in methods}
         steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
         costs = compare(steps, args.repeats)
-    config = {"model": args.model, "batch_size": args.batch_size, "channels_last": args.channels_last}
-    cli.finish_comparison(args, "label_noise_mwn", config, costs)
+    cli.finish_comparison(args, "label_noise_mwn", {**config, "channels_last": args.channels_last}, costs)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,10 @@ def weight_net() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
 
 
-MODELS = {  # functions of (number of classes, number of image channels)
-    "resnet32": lambda n_classes, n_channels: resnet(32, n_classes, n_channels),
-    "wrn28_10": lambda n_classes, n_channels: wide_resnet(28, 10, n_classes, n_channels),
-    "small": lambda n_classes, n_channels: resnet(8, n_classes, n_channels, width=8),
+MODELS = {  # functions of (number of classes, number of image channels, times as many channels of the maps inside)
+    "resnet32": lambda n_classes, n_channels, times=1: resnet(32, n_classes, n_channels, width=16 * times),
+    "wrn28_10": lambda n_classes, n_channels, times=1: wide_resnet(28, 10 * times, n_classes, n_channels),
+    "small": lambda n_classes, n_channels, times=1: resnet(8, n_classes, n_channels, width=8 * times),
 }
 
 

@@ -68,6 +68,7 @@ def parse_args(argv=None):
     add("--meta-images", type=cli.at_least(1), metavar="N", help="clean images for the weight net; default: 1000, digits 100")
     add("--val-images", type=cli.at_least(1), metavar="N", help="clean images that choose the best epoch; default: likewise")
     add("--model", choices=list(MODELS), help="default: resnet32, digits small (a ResNet-8 of 8, 16, 32 channels)")
+    add("--width", type=cli.at_least(1), metavar="N", help="N times the model's channels; default: 1")
     add("--epochs", type=cli.at_least(1), help="default: 60; the rate is divided by 10 after 2/3 and after 5/6 of them")
     add("--eval-every", type=cli.at_least(1), metavar="N", help="evaluate every N epochs and after the last; default: 1")
     add("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
@@ -97,6 +98,7 @@ def parse_args(argv=None):
     for name, value in (DIGITS if args.data == "digits" else CIFAR).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.width = None if args.width == 1 else args.width  # the same configuration as in records that are older than the flag
     args.out = args.out or f"label_noise_mwn/results/{data_name(args)}.jsonl"
     return args
 
@@ -115,7 +117,7 @@ class Trainer:
         self.meta = MetaStep(METHODS[args.method], args, processes)
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
         with args.device:
-            self.model = MODELS[args.model](task.n_classes, task.train.images.shape[1])
+            self.model = MODELS[args.model](task.n_classes, task.train.images.shape[1], args.width or 1)
             self.weight_net = weight_net()  # for every method, so that all have the same random numbers from here on
         if args.channels_last:
             self.model = self.model.to(memory_format=self.format)

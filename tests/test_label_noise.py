@@ -195,6 +195,9 @@ def test_parameter_counts_and_shapes():
 
     assert count(resnet(32, 10)) == 464_154  # He et al.: 0.46 million
     with FakeTensorMode():
+        by_width = [count(MODELS["resnet32"](10, 3, width)) for width in (1, 2, 3, 4, 5)]
+        assert by_width == pytest.approx([0.47e6, 1.9e6, 4.2e6, 7.4e6, 11.5e6], rel=0.03)  # the paper's Figure 5
+        assert count(MODELS["wrn28_10"](10, 3, 2)) == count(wide_resnet(28, 20, 10))
         wide = wide_resnet(28, 10, 10)
         assert count(wide) == 36_479_194  # Zagoruyko and Komodakis: 36.5 million
         assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
@@ -460,6 +463,18 @@ def test_embedded_data_have_no_fingerprint_and_old_records_stay_theirs(tmp_path,
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_width_is_a_part_of_the_configuration_and_old_records_have_width_one(tmp_path, capsys):
+    record = run(tmp_path, "cross_entropy", "--width", "1")
+    assert record["config"].pop("width") is None
+    (tmp_path / "runs.jsonl").write_text(json.dumps(record) + "\n")
+    for width in ([], ["--width", "1"]):
+        run(tmp_path, "cross_entropy", "--skip-done", *width)
+        assert "nothing to do" in capsys.readouterr().out
+    wide = run(tmp_path, "cross_entropy", "--skip-done", "--width", "2")
+    assert wide["config"]["width"] == 2
+    assert 3.5 < wide["cost"]["flops"] / record["cost"]["flops"] < 4
+
+
 def test_figures(tmp_path, capsys):
     run(tmp_path, "cross_entropy")
     run(tmp_path, "evograd_guided")
@@ -485,6 +500,10 @@ def test_compare_prints_and_writes(tmp_path, capsys):
     methods = json.loads((tmp_path / "cost.json").read_text())["methods"]
     assert list(methods) == ["plain", *MAIN]
     assert all(name in printed for name in methods)
+    compare.main([*arguments, "--methods", "evograd", "--width", "2", "--out", str(tmp_path / "runs.jsonl")])
+    narrow, wide = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert (narrow["config"]["width"], wide["config"]["width"]) == (None, 2)
+    assert wide["metrics"]["evograd"]["flops"] > 3.5 * narrow["metrics"]["evograd"]["flops"]
 
 
 def test_compare_without_time_counts_what_a_real_step_needs(tmp_path):
