@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd.lab import cli
 from evograd.lab.records import seed_everything
-from evograd.measuring import Cost, compare, flops, launches, peak_bytes, seconds
+from evograd.measuring import Cost, compare_made, flops, launches, peak_bytes, seconds
 
 from .models import RESNETS
 from .train import Trainer, parse_args
@@ -64,10 +64,8 @@ def main(argv=None):
     seed_everything(1)
     methods = [PLAIN, *args.methods]
     if args.device.type == "cuda" and not args.fake:
-        costs = {}
-        for method in methods:  # one after the other: models of the others would count in the allocator's peak
-            costs |= compare({method: make_step(method, args.backbone, args.image_size, args.device)}, args.repeats)
-            torch.cuda.empty_cache()
+        makers = {method: partial(make_step, method, args.backbone, args.image_size, args.device) for method in methods}
+        costs = compare_made(makers, args.device, args.repeats)
     else:
         costs = {method: counted(method, args.backbone, args.image_size) for method in methods}
     if args.device.type == "cpu" and not args.fake:

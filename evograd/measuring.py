@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 import weakref
@@ -36,17 +37,19 @@ class LiveBytes(TorchDispatchMode):
 
     What counts is each tensor's storage, once, from the operation that makes or first reads it until the last tensor
     that uses it is gone: exact, reproducible, and the same under FakeTensorMode. Workspaces inside an operation are not seen.
+    device_type: count those on such devices alone.
     """
 
-    def __init__(self):
+    def __init__(self, device_type: str | None = None):
         super().__init__()
+        self.device_type = device_type
         self.live = self.peak = 0
         self._storages: dict[int, tuple[weakref.ref, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and self.device_type in (None, leaf.device.type):
                 self._add(leaf.untyped_storage())
         return result
 
@@ -96,18 +99,21 @@ def _computes(function) -> bool:
 def peak_bytes(step: Step, first: Step | None = None) -> int:
     """Largest number of bytes of tensors alive at once during `step`, those that exist before and that it uses counted in.
 
-    On a CUDA machine that works on the device: the allocator's peak. Otherwise `LiveBytes`. The step runs twice: the first
-    run makes what stays (optimizer state) and shows which tensors belong to the step. first: a cheaper step on the same
-    tensors that will do for that.
+    By `LiveBytes`; on a CUDA machine that works on the device, what the allocator's peak lies above what it held before, and the
+    tensors there that the step uses: other models that are alive do not count. The step runs twice: the first run makes what
+    stays (optimizer state) and shows which tensors belong to the step. first: a cheaper step on the same tensors that will do
+    for that.
     """
     first = first or step
     if _on_cuda():
-        first()
+        with LiveBytes("cuda") as live:
+            first()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before + live.live
     with LiveBytes() as live:
         first()
         live.peak = live.live
@@ -151,6 +157,24 @@ def compare(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> di
     fake = detect_fake_mode() is not None
     times = dict.fromkeys(steps) if fake else seconds(steps, repeats, warmup)
     return {name: Cost(times[name], *exact[name]) for name in steps}
+
+
+def compare_made(
+    makers: Mapping[str, Callable[[], Step]], device: torch.device, repeats: int = 10, warmup: int = 2
+) -> dict[str, Cost]:
+    """The cost of several steps that are yet to be made, by functions without arguments.
+
+    On CUDA each is made, measured and dropped before the next one is, so that all have the whole memory of the card. Elsewhere
+    they take turns, see `compare`.
+    """
+    if torch.device(device).type != "cuda" or detect_fake_mode() is not None:
+        return compare({name: make() for name, make in makers.items()}, repeats, warmup)
+    costs = {}
+    for name, make in makers.items():
+        costs |= compare({name: make()}, repeats, warmup)
+        gc.collect()  # models in cycles
+        torch.cuda.empty_cache()
+    return costs
 
 
 def by_architecture(costs: Mapping[str, Cost]) -> dict[str, dict]:

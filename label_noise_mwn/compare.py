@@ -9,13 +9,14 @@ A step is the weight net's update and the model's, on random images of CIFAR's s
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd.lab import cli
 from evograd.lab.records import append_run, seed_everything
-from evograd.measuring import compare, seconds
+from evograd.measuring import compare_made, seconds
 
 from .data import CIFAR_MEAN, CIFAR_STD, Source, make_task
 from .models import MODELS
@@ -78,10 +79,9 @@ def main(argv=None):
         return
     common += ["--channels-last"] * args.channels_last
     with FakeTensorMode(allow_non_fake_inputs=True) if args.fake else nullcontext():
-        methods = ("cross_entropy", *args.methods)
-        trainers = {method: Trainer(parse_args([*common, "--method", method]), task) for method in methods}
-        steps = {"plain" if method == "cross_entropy" else method: trainer.step for method, trainer in trainers.items()}
-        costs = compare(steps, args.repeats)
+        make = lambda method: Trainer(parse_args([*common, "--method", method]), task).step
+        makers = {"plain" if m == "cross_entropy" else m: partial(make, m) for m in ("cross_entropy", *args.methods)}
+        costs = compare_made(makers, args.device, args.repeats)
     cli.finish_comparison(args, "label_noise_mwn", {**config, "channels_last": args.channels_last}, costs)
 
 

@@ -12,13 +12,15 @@ measured in fake tensors: the bytes and FLOPs of a model of any size, which is n
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd.lab import cli
 from evograd.lab.methods import MAIN
 from evograd.lab.records import append_run, seed_everything
-from evograd.measuring import by_architecture, compare
+from evograd.measuring import by_architecture, compare_made
 
 from .data import Batch, toy_language
 from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
@@ -39,23 +41,27 @@ def random_batch(n, length, n_ids, device):
     return Batch(ids, None, positions, torch.randint(N_LABELS, positions.shape, device=device), [length - 2] * n)
 
 
-def trainers_and_steps(make_encoder, length, batch_size, device, methods=MAIN):
-    """{method: one step of it}, each on an encoder of its own."""
-    result = {}
-    for method in ("joint_training", *methods):
-        args = parse_args(["--method", method, "--device", str(device)])
-        seed_everything(1)
-        encoder = make_encoder()
-        depth, n_ids = encoder.config.num_hidden_layers, encoder.config.vocab_size
-        with torch.device(device):
-            model = Tagger(encoder, N_LABELS, () if method == "joint_training" else (depth,))
-        trainer = Trainer(args, model.train(), n_steps=100)
-        half = batch_size if method == "joint_training" else batch_size // 2
-        step = Step(*(random_batch(n, length, n_ids, device) for n in (batch_size, half)), None)
-        if method != "joint_training":
-            step.val = random_batch(batch_size - half, length, n_ids, device)
-        result["plain" if method == "joint_training" else method] = lambda trainer=trainer, step=step: trainer.step(step)
-    return result
+def step_of(method, make_encoder, length, batch_size, device):
+    """One step of a method, on an encoder of its own, as a function without arguments."""
+    args = parse_args(["--method", method, "--device", str(device)])
+    seed_everything(1)
+    encoder = make_encoder()
+    depth, n_ids = encoder.config.num_hidden_layers, encoder.config.vocab_size
+    with torch.device(device):
+        model = Tagger(encoder, N_LABELS, () if method == "joint_training" else (depth,))
+    trainer = Trainer(args, model.train(), n_steps=100)
+    half = batch_size if method == "joint_training" else batch_size // 2
+    step = Step(*(random_batch(n, length, n_ids, device) for n in (batch_size, half)), None)
+    if method != "joint_training":
+        step.val = random_batch(batch_size - half, length, n_ids, device)
+    return partial(trainer.step, step)
+
+
+def costs_of(methods, make_encoder, length, batch_size, device, repeats=10):
+    """{method: cost of its step}, and of joint training's as "plain"."""
+    make = lambda method: step_of(method, make_encoder, length, batch_size, device)
+    makers = {"plain" if m == "joint_training" else m: partial(make, m) for m in ("joint_training", *methods)}
+    return compare_made(makers, device, repeats)
 
 
 def xlm_r(size):
@@ -69,8 +75,7 @@ def xlm_r(size):
 def architecture_costs(size, length, batch_size, methods=MAIN):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
-        steps = trainers_and_steps(lambda: xlm_r(size), length, batch_size, torch.device("cpu"), methods)
-        return by_architecture(compare(steps))
+        return by_architecture(costs_of(methods, lambda: xlm_r(size), length, batch_size, torch.device("cpu")))
 
 
 def parse_comparison(argv):
@@ -99,7 +104,7 @@ def measured(args):
             limit = longest(*load_encoder(args.encoder))
         if length > limit:
             raise ValueError(f"--length {length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
-    costs = compare(trainers_and_steps(make_encoder, length, args.batch_size, args.device, args.methods), args.repeats)
+    costs = costs_of(args.methods, make_encoder, length, args.batch_size, args.device, args.repeats)
     return {"encoder": encoder_name(args.encoder), "length": length, "batch_size": args.batch_size}, costs
 
 

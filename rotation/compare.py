@@ -5,9 +5,11 @@
 A step is the model's update and the angle's, on batches of 128 embedded digits; "plain" is the model's update alone.
 """
 
+from functools import partial
+
 from evograd.lab import cli
 from evograd.lab.records import seed_everything
-from evograd.measuring import compare
+from evograd.measuring import compare_made
 
 from .data import load
 from .train import Trainer, parse_args
@@ -17,10 +19,9 @@ def main(argv=None):
     args = cli.comparison_parser(__doc__).parse_args(argv)
     seed_everything(1)
     train, val, _ = load("digits", "", args.device)
-    trainers = {
-        m: Trainer(parse_args(["--method", m, "--device", str(args.device)]), train, val) for m in ("baseline", *args.methods)
-    }
-    costs = compare({"plain" if m == "baseline" else m: t.step for m, t in trainers.items()}, args.repeats)
+    make = lambda method: Trainer(parse_args(["--method", method, "--device", str(args.device)]), train, val).step
+    makers = {"plain" if m == "baseline" else m: partial(make, m) for m in ("baseline", *args.methods)}
+    costs = compare_made(makers, args.device, args.repeats)
     cli.finish_comparison(args, "rotation", {"data": "digits", "batch_size": 128}, costs)
 
 

@@ -1,6 +1,7 @@
 """The measuring, and what it must show: the peak memory and the FLOPs of every estimator."""
 
 import time
+import weakref
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd.measuring import Cost, compare, flops, launches, measure, peak_bytes, seconds
+from evograd import measuring
+from evograd.measuring import Cost, compare, compare_made, flops, launches, measure, peak_bytes, seconds
 from label_noise_mwn.models import resnet
 
 from .networks import parameter_bytes, steps
@@ -125,3 +127,42 @@ def test_mixed_mode_needs_two_copies_of_the_parameters():
 def test_memory_does_not_grow_with_the_number_of_candidates():
     named = steps(resnet(14, 10), size=16, batch=16)
     assert peak_bytes(named["many"]) <= 1.02 * peak_bytes(named["evograd"])
+
+
+def test_peak_on_cuda_is_the_steps_own(monkeypatch):
+    """The allocator counts whatever lies on the card; a step's peak is what it adds, and the tensors there that it uses."""
+    allocated = {"memory_allocated": 700 * MB, "max_memory_allocated": 703 * MB}  # other models, other data
+    for name, value in allocated.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(measuring, "_on_cuda", lambda: True)
+    with FakeTensorMode(), torch.device("cuda"):
+        kept, other = torch.zeros(MB // 4), torch.zeros(MB)
+        on_host = torch.zeros(MB, device="cpu")
+        assert peak_bytes(lambda: (kept + 1, on_host + 1)) == 4 * MB  # kept, and the allocator's 3
+    assert other.device.type == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_steps_are_made_one_at_a_time_on_cuda(monkeypatch, device):
+    alive, most = weakref.WeakSet(), []
+
+    class Model:
+        def __init__(self):
+            self.itself = self  # models live in cycles
+            alive.add(self)
+            most.append(len(alive))
+
+        def step(self):
+            return None
+
+    def costs(steps, repeats, warmup):
+        assert (repeats, warmup) == (3, 1)
+        return {name: Cost(1.0, 2, 3, 4) for name in steps}
+
+    monkeypatch.setattr(measuring, "compare", costs)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    makers = {name: lambda: Model().step for name in ("plain", "evograd", "unrolled")}
+    assert compare_made(makers, torch.device(device), repeats=3, warmup=1) == dict.fromkeys(makers, Cost(1.0, 2, 3, 4))
+    assert most == ([1, 1, 1] if device == "cuda" else [1, 2, 3])
