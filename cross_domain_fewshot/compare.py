@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd.lab import cli
 from evograd.lab.records import seed_everything
-from evograd.measuring import Cost, compare_made, flops, launches, peak_bytes, seconds
+from evograd.measuring import Cost, compare_made, counts, seconds
 
 from .models import RESNETS
 from .train import Trainer, parse_args
@@ -51,7 +51,7 @@ def counted(method, backbone, image_size):
     """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = make_step(method, backbone, image_size, torch.device("cpu"))
-        return Cost(None, peak_bytes(step), flops(step), launches(step))
+        return Cost(None, *counts(step))
 
 
 def main(argv=None):

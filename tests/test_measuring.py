@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evograd import measuring
-from evograd.measuring import Cost, compare, compare_made, flops, launches, measure, peak_bytes, seconds
+from evograd.measuring import Cost, compare, compare_made, counts, flops, launches, measure, peak_bytes, seconds
 from label_noise_mwn.models import resnet
 
 from .networks import parameter_bytes, steps
@@ -53,6 +53,16 @@ def test_peak_bytes_of_a_step_includes_the_state_that_stays():
         optimizer.step()
 
     assert 3 * MB <= peak_bytes(step) < 3.1 * MB  # weight, momentum, gradient
+
+
+@pytest.mark.parametrize("name", ["plain", "evograd", "mixed_mode", "unrolled"])
+def test_counts_in_two_runs_are_those_of_one_counter_at_a_time(name):
+    step = steps(resnet(8, 10), size=8, batch=4)[name]
+    step()  # what the optimizer keeps is there
+    runs = []
+    counted = counts(lambda: runs.append(step()))
+    assert len(runs) == 2
+    assert counted == (peak_bytes(step), flops(step), launches(step))
 
 
 def test_flops_and_seconds():
