@@ -68,7 +68,7 @@ def main(argv=None):
         parser.error("--variants goes with --model, --width, --batch-size, --methods, --repeats and --out alone")
     seed_everything(1)
     n_meta = -(-args.batch_size // 10) * 10
-    task = make_task(random_source(args.batch_size + n_meta + 10), "flip", 0.4, n_meta, 10, None, 1, args.device)
+    task = make_task(random_source(args.batch_size + n_meta + 10), "flip2", 0.4, n_meta, 10, None, 1, args.device)
     common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--width", str(args.width)]
     common += ["--batch-size", str(args.batch_size)]
     config = {"model": args.model, "width": args.width if args.width > 1 else None, "batch_size": args.batch_size}

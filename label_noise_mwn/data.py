@@ -197,7 +197,8 @@ def noise_matrix(noise: str, level: float, n_classes: int, superclasses: Tensor 
         else:
             n_others = {"flip": 1, "flip2": 2}[noise]
             if n_classes <= n_others:
-                raise ValueError(f"--noise {noise} needs at least {n_others + 1} classes; the data have {n_classes}")
+                others = "; two classes can have --noise flip" if n_classes == 2 else ""
+                raise ValueError(f"--noise {noise} needs at least {n_others + 1} classes; the data have {n_classes}{others}")
             others = torch.randperm(n_classes - 1, generator=generator)[:n_others]
             others = others + (others >= i)
         matrix[i, others] += level / len(others)

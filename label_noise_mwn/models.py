@@ -1,6 +1,8 @@
-"""ResNet-32 and WRN-28-10 for 32x32 images, a small ResNet for 8x8 and 28x28 ones, and the weight net."""
+"""ResNet-32 and WRN-28-10 for 32x32 images, a small ResNet for 8x8 and 28x28 ones, an MLP, and the weight net."""
 
 from __future__ import annotations
+
+from math import prod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,15 +70,22 @@ def wide_resnet(depth: int, widen: int, n_classes: int, n_channels: int = 3) -> 
     return _initialized(nn.Sequential(*layers))
 
 
+def mlp(image_shape: tuple[int, int, int], n_classes: int, width: int) -> nn.Module:
+    """Two hidden layers of `width` units on images (channels, height, width): soon knows some thousand images by heart."""
+    layers = [nn.Flatten(), nn.Linear(prod(image_shape), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return _initialized(nn.Sequential(*layers, nn.Linear(width, n_classes)))
+
+
 def weight_net() -> nn.Module:
     """(n, 1) losses of samples -> (n, 1) weights in (0, 1)."""
     return nn.Sequential(nn.Linear(1, 100), nn.ReLU(), nn.Linear(100, 1), nn.Sigmoid())
 
 
-MODELS = {  # functions of (number of classes, number of image channels, times as many channels of the maps inside)
-    "resnet32": lambda n_classes, n_channels, times=1: resnet(32, n_classes, n_channels, width=16 * times),
-    "wrn28_10": lambda n_classes, n_channels, times=1: wide_resnet(28, 10 * times, n_classes, n_channels),
-    "small": lambda n_classes, n_channels, times=1: resnet(8, n_classes, n_channels, width=8 * times),
+MODELS = {  # functions of (number of classes, (channels, height, width) of an image, times as many channels or units inside)
+    "resnet32": lambda n_classes, shape, times=1: resnet(32, n_classes, shape[0], width=16 * times),
+    "wrn28_10": lambda n_classes, shape, times=1: wide_resnet(28, 10 * times, n_classes, shape[0]),
+    "small": lambda n_classes, shape, times=1: resnet(8, n_classes, shape[0], width=8 * times),
+    "mlp": lambda n_classes, shape, times=1: mlp(shape, n_classes, width=256 * times),
 }
 
 

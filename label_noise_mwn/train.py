@@ -62,13 +62,13 @@ def parse_args(argv=None):
     parser = cli.experiment_parser(__doc__, METHODS, DATASETS, data_file=".npz")
     add = parser.add_argument
     add("--download", action="store_true", help="fetch the data set into --data-dir if it is not there")
-    add("--noise", choices=NOISES, default="flip", help="how training labels are made wrong; given: they are (y_noisy)")
+    add("--noise", choices=NOISES, default="flip2", help="how training labels are made wrong; given: they are (y_noisy)")
     add("--noise-level", type=float, metavar="P", help="probability in [0, 1]; default: 0.4")
     add("--train-images", type=cli.at_least(1), metavar="N", help="use N noisy training images; default: all that are left")
     add("--meta-images", type=cli.at_least(1), metavar="N", help="clean images for the weight net; default: 1000, digits 100")
     add("--val-images", type=cli.at_least(1), metavar="N", help="clean images that choose the best epoch; default: likewise")
     add("--model", choices=list(MODELS), help="default: resnet32, digits small (a ResNet-8 of 8, 16, 32 channels)")
-    add("--width", type=cli.at_least(1), metavar="N", help="N times the model's channels; default: 1")
+    add("--width", type=cli.at_least(1), metavar="N", help="N times the model's channels, or an MLP's 256 units; default: 1")
     add("--epochs", type=cli.at_least(1), help="default: 60; the rate is divided by 10 after 2/3 and after 5/6 of them")
     add("--eval-every", type=cli.at_least(1), metavar="N", help="evaluate every N epochs and after the last; default: 1")
     add("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
@@ -117,7 +117,7 @@ class Trainer:
         self.meta = MetaStep(METHODS[args.method], args, processes)
         self.format = torch.channels_last if args.channels_last else torch.contiguous_format
         with args.device:
-            self.model = MODELS[args.model](task.n_classes, task.train.images.shape[1], args.width or 1)
+            self.model = MODELS[args.model](task.n_classes, tuple(task.train.images.shape[1:]), args.width or 1)
             self.weight_net = weight_net()  # for every method, so that all have the same random numbers from here on
         if args.channels_last:
             self.model = self.model.to(memory_format=self.format)

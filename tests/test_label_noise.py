@@ -195,14 +195,15 @@ def test_parameter_counts_and_shapes():
 
     assert count(resnet(32, 10)) == 464_154  # He et al.: 0.46 million
     with FakeTensorMode():
-        by_width = [count(MODELS["resnet32"](10, 3, width)) for width in (1, 2, 3, 4, 5)]
+        by_width = [count(MODELS["resnet32"](10, (3, 32, 32), width)) for width in (1, 2, 3, 4, 5)]
         assert by_width == pytest.approx([0.47e6, 1.9e6, 4.2e6, 7.4e6, 11.5e6], rel=0.03)  # the paper's Figure 5
-        assert count(MODELS["wrn28_10"](10, 3, 2)) == count(wide_resnet(28, 20, 10))
+        assert count(MODELS["wrn28_10"](10, (3, 32, 32), 2)) == count(wide_resnet(28, 20, 10))
         wide = wide_resnet(28, 10, 10)
         assert count(wide) == 36_479_194  # Zagoruyko and Komodakis: 36.5 million
         assert wide(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-    small = MODELS["small"](10, 1)
-    for size in (8, 28):
+    assert count(MODELS["mlp"](10, (1, 28, 28), 2)) == 784 * 512 + 512 + 512 * 512 + 512 + 5_130
+    for name, size in (("small", 8), ("small", 28), ("mlp", 8)):
+        small = MODELS[name](10, (1, size, size))
         assert small(torch.zeros(2, 1, size, size)).shape == (2, 10)
 
 
