@@ -328,7 +328,7 @@ def test_every_method_runs_and_leaves_a_record(method, tmp_path, capsys):
     assert metrics["test_accuracy_last"] == metrics["test_accuracy"][-1]
     assert metrics["test_accuracy_best"] == metrics["test_accuracy"][metrics["best_epoch"] - 1]
     assert metrics["noise_rate"] == pytest.approx(0.4, abs=0.06)
-    assert all(sum(row.values()) == pytest.approx(1) and len(row) == 2 for row in metrics["noise_matrix"])
+    assert all(sum(row.values()) == pytest.approx(1) and len(row) == 3 for row in metrics["noise_matrix"])
     assert {"seconds", "seconds_per_step", "peak_bytes", "flops"} <= set(record["cost"])
     if method == "cross_entropy":
         assert "weight_auc" not in metrics

@@ -182,7 +182,7 @@ def test_every_committed_run_stands_in_a_table():
 def test_published_numbers_name_their_source():
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     for table in spec["tables"]:
-        published = [value for row in table.get("rows", []) for value in row.get("paper", {}).values() if value]
+        published = [value for row in table.get("rows", []) if "paper" in row for value in row["paper"].values() if value]
         assert not published or table["source"], table["name"]
 
 
@@ -222,7 +222,7 @@ def with_summary():
     summary = {
         "title": "One line each",
         "methods": {"baseline": "none", "evograd": "EvoGrad", "second_order": "T1–T2"},
-        "published": "evograd",
+        "published": "published numbers",
         "costs_of": "evograd",
         "entries": [
             {
@@ -248,8 +248,8 @@ def test_summary_is_of_the_first_measure_that_was_run(results):
     append_line(results, cost_line(3.0, 2, 4.0, 8))
     summary = built(results)["summary"]
     costs = ["EvoGrad's cost: time / T1–T2", "EvoGrad's cost: peak / T1–T2"]
-    assert summary.header == ["Experiment", "measured", "none", "EvoGrad", "published", "T1–T2", *costs]
-    assert summary.rows == [["Toy", "accuracy", "–", "91.0 ± 1.0", "90.2 ± 1.5", "80.0", "0.75", "0.25"]]
+    assert summary.header == ["Experiment", "measured", "none", "EvoGrad", "T1–T2", "published numbers", *costs]
+    assert summary.rows == [["Toy", "accuracy", "–", "91.0 ± 1.0", "80.0", "EvoGrad 90.2 ± 1.5", "0.75", "0.25"]]
     assert len(summary.runs) == 3 + 1 + 1
 
     append_line(results, line("a", 1, 60.0, data="places", place="a"))
@@ -257,6 +257,33 @@ def test_summary_is_of_the_first_measure_that_was_run(results):
     append_line(results, line("a", 1, 70.0, data="places", place="b"))
     append_line(results, line("b", 1, 10.0, data="places", place="b"))
     assert built(results)["summary"].rows == [["Toy", "mean over places", "–", "65.0", "–", "–", "0.75", "0.25"]]
+
+
+def test_published_numbers_of_what_was_not_run_stand_in_the_summary(results):
+    spec = with_summary()
+    spec["tables"] = [{**table} for table in spec["tables"]]
+    places = next(table for table in spec["tables"] if table["name"] == "places")
+    places["columns"] = [{**column, "key": column["label"]} for column in places["columns"]]
+    theirs = {column["key"]: {"mean": mean, "std": 1} for column, mean in zip(places["columns"], (60, 70))}
+    places["rows"] = [{**row, "paper": theirs} if row["label"] == "theirs" else row for row in places["rows"]]
+    summary = {table.name: table for table in tables.build_tables(spec, read_runs([results])[0])}["summary"]
+    assert summary.rows[0] == ["Toy", "mean over places", "–", "not run", "not run", "T1–T2 65.0", "–", "–"]
+    assert summary.rows[1][1] == "accuracy" and len(summary.rows) == 2
+
+
+def test_a_mean_of_columns_needs_all_of_them_and_a_row_without_runs_has_published_numbers_alone(results):
+    columns = [{"value": "metrics.accuracy", "key": place, "label": place, "where": {"place": place}} for place in "ab"]
+    paper = {"a": {"mean": 50}, "mean": {"mean": 55}}
+    spec = {
+        "name": "t", "experiment": "toy", "title": "T", "where": {"data": "places"}, "source": "a poster",
+        "columns": [*columns, {"mean_of": ["a", "b"], "value": "metrics.accuracy", "key": "mean", "label": "mean"}],
+        "rows": [{"label": "ours", "match": {"method": "a"}}, {"label": "their own run", "paper": paper}],
+    }  # fmt: skip
+    append_line(results, line("a", 1, 60.0, data="places", place="a"))
+    rows = tables.build_table(spec, read_runs([results])[0]).rows
+    assert rows == [["ours", "1/0", "60.00", "–", "–", "–", "–"], ["their own run", "–", "–", "50.00", "–", "–", "55.00"]]
+    append_line(results, line("a", 1, 70.0, data="places", place="b"))
+    assert tables.build_table(spec, read_runs([results])[0]).rows[0][2:] == ["60.00", "–", "70.00", "65.00", "–"]
 
 
 def test_applications_are_ratios_to_second_order(results):
@@ -280,7 +307,7 @@ def default(tmp_path, monkeypatch):
 
 def test_nothing_run_makes_a_page_that_says_so(default, tmp_path):
     summary = built(default)["summary"]
-    assert summary.rows == [["Toy", "mean over places", "–", "not run", "–", "not run", "–", "–"]]
+    assert summary.rows == [["Toy", "mean over places", "–", "not run", "not run", "–", "–", "–"]]
     page = make(None, tmp_path, spec=with_summary())
     assert "Not run yet" in page
     assert "python -m toy --place PLACE" in page

@@ -228,7 +228,7 @@ def _cell(text: str, header: str, classes: str) -> str:
         classes, style = f"{classes} bar", f" style='--part:{min(float(text), 1):.3f}'"
     if text in ("–", NOT_RUN):
         classes += " none"
-    number, sign, spread = text.partition(" ± ")
+    number, sign, spread = text.partition(" ± ") if text.count("±") == 1 else (text, "", "")
     text = escape(number) + (f"<span class='spread'>{sign}{escape(spread)}</span>" if sign else "")
     return f"<td class='{classes.strip()}'{style}>{text}</td>"
 

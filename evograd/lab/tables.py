@@ -64,9 +64,14 @@ def build_tables(spec: dict, runs: list[dict], whole: bool = True) -> list[Table
 
 
 def build_table(spec: dict, runs: list[dict], whole: bool = True) -> Table:
-    """The table that `spec` (an entry of resources/paper_tables.json) describes, from the runs that it selects."""
+    """The table that `spec` (an entry of resources/paper_tables.json) describes, from the runs that it selects.
+
+    A row without `match` has published numbers alone; a column with `mean_of` is the mean of those that it names, if all are there.
+    """
     if spec.get("kind") == "quality":
         return _quality_table(spec, runs, whole)
+    if spec.get("kind") == "text":
+        return _table(spec, spec["header"], spec["rows"], [], [spec["note"]] if spec.get("note") else [])
     runs = _select(spec, runs)
     if spec.get("kind") == "cost":
         return _cost_table(spec, runs)
@@ -82,16 +87,20 @@ def build_table(spec: dict, runs: list[dict], whole: bool = True) -> Table:
     for row in spec["rows"]:
         groups = _groups(_shown(runs, row, columns), across) or [("", [])]
         for suffix, group in groups:
-            cells, counts = [], []
+            cells, counts, means = [], [], {}
             for column in columns:
-                mine = [run for run in group if _matches(run["config"], column.get("where", {}))]
-                shown |= {id(run): run for run in mine}
-                counts.append(len(mine))
-                cells.append(_cell(*_statistics(mine, column, row), column))
+                if "mean_of" in column:
+                    cells.append(_cell(_mean(means[key] for key in column["mean_of"]), None, column))
+                else:
+                    mine = [run for run in group if _matches(run["config"], column.get("where", {}))]
+                    shown |= {id(run): run for run in mine}
+                    counts.append(len(mine))
+                    means[_key(column)], spread = _statistics(mine, column, row)
+                    cells.append(_cell(means[_key(column)], spread, column))
                 if _key(column) in with_paper:
                     cells.append(_published(row, column) if not suffix else "–")
             different = dict.fromkeys(map(str, counts))
-            n_runs = "/".join(different if len(different) == 1 else map(str, counts)) if group else NOT_RUN
+            n_runs = "/".join(different if len(different) == 1 else map(str, counts)) if group else NOT_RUN if "match" in row else "–"
             rows.append([row["label"] + suffix, n_runs, *cells])
     left = len(runs) - len(shown)
     notes = [spec["note"]] if spec.get("note") else []
@@ -176,24 +185,23 @@ def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bo
 
 
 def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict], whole: bool) -> Table:
-    """One line for each experiment: a column of one of its tables by method, the published number, the cost against T1–T2.
+    """A line or two for each experiment: a column of one of its tables by method, the published numbers, the cost against T1–T2.
 
-    Of the entry's `measures` the first one that was run counts. Several columns are averaged, where all of them were run.
+    Of the entry's `measures` the first one that was run counts; those before it that have published numbers stand above it, not
+    run. Several columns are averaged, where all of them were run.
     """
     titles = {experiment["name"]: experiment["title"] for experiment in experiments}
     header, rows, used = ["Experiment", "measured"], [], {}
-    for method, title in spec["methods"].items():
-        header += [title] + [PUBLISHED] * (method == spec["published"])
+    header += [*spec["methods"].values(), spec["published"]]
     for entry in spec["entries"]:
         lines = [(measure["label"], *_measure(spec, measure, specs[measure["table"]], runs)) for measure in entry["measures"]]
-        label, cells, values, mine = next((line for line in lines if set(line[2]) - {None}), lines[0])
+        n, (label, cells, values, mine) = next((line for line in enumerate(lines) if set(line[1][2]) - {None}), (0, lines[0]))
         last = _select(specs[entry["cost"]], runs)[-1:] if entry.get("cost") else []
         if not (mine or last or whole):
             continue
-        rows.append(
-            [titles[entry["experiment"]], label, *cells]
-            + _over_second_order(last[0]["metrics"] if last else {}, spec["costs_of"])
-        )
+        title = titles[entry["experiment"]]
+        rows += [[title, above[0], *above[1], "–", "–"] for above in lines[:n] if above[1][-1] != "–"]
+        rows.append([title, label, *cells, *_over_second_order(last[0]["metrics"] if last else {}, spec["costs_of"])])
         used |= {id(run): run for run in [*mine, *last]}
     of = spec["methods"][spec["costs_of"]]
     header += [f"{of}'s cost: time / T1–T2", f"{of}'s cost: peak / T1–T2"]
@@ -202,26 +210,27 @@ def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: 
 
 
 def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[list[str], list[float | None], list[dict]]:
-    """(cells of one line of the summary, our own values among them, the runs behind them)."""
+    """(cells of one line of the summary, the published numbers last; our own values among them; the runs behind them)."""
     columns = {column["label"]: column for column in table["columns"]}
     columns = [columns[label] for label in measure["columns"]]
     labelled = {row["label"]: row for row in table["rows"]}
-    cells, values, used = [], [], []
-    for method in spec["methods"]:
+    cells, values, used, published = [], [], [], {}
+    for method, title in spec["methods"].items():
         row = labelled[measure["rows"][method]] if method in measure["rows"] else None
         wanted = _shown(_select(table, runs), row, table["columns"]) if row else []
         group = next((group for _, group in _groups(wanted, _across(table["columns"]))), [])
         chosen = [[run for run in group if _matches(run["config"], column.get("where", {}))] for column in columns]
         found = [_statistics(mine, column, row) for mine, column in zip(chosen, columns)]
         if len(found) > 1:  # the average is shown without a spread: what the columns stand for differs
-            means = [mean for mean, _ in found]
-            found = [(None if None in means else sum(means) / len(means), None)]
+            found = [(_mean(mean for mean, _ in found), None)]
         values.append(found[0][0])
         cells.append(_cell(*found[0], columns[0]) if group or not row else NOT_RUN)
-        if method == spec["published"]:
-            cells.append(_published(row, columns[0]) if row and len(columns) == 1 else "–")
+        theirs = [(row or {}).get("paper", {}).get(_key(column)) for column in columns]
+        if all(theirs):
+            mean = sum(cell["mean"] for cell in theirs) / len(theirs)
+            published[title] = _cell(mean, theirs[0].get("std") if len(theirs) == 1 else None, columns[0])
         used += [run for mine in chosen for run in mine]
-    return cells, values, used
+    return [*cells, ", ".join(f"{title} {cell}" for title, cell in published.items()) or "–"], values, used
 
 
 def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) -> Table:
@@ -320,7 +329,7 @@ def _select(spec: dict, runs: list[dict]) -> list[dict]:
 
 def _shown(runs: list[dict], row: dict, columns: Sequence[dict]) -> list[dict]:
     """The runs of a row that one of the columns is of."""
-    mine = [run for run in runs if _matches(run["config"], row["match"])]
+    mine = [run for run in runs if "match" in row and _matches(run["config"], row["match"])]
     return [run for run in mine if any(_matches(run["config"], column.get("where", {})) for column in columns)]
 
 
@@ -357,6 +366,11 @@ def _statistics(runs: list[dict], column: dict, row: dict | None) -> tuple[float
     values = [_value(run, column, row) for run in runs]
     text = [value for value in values if isinstance(value, str)]
     return (text[-1], None) if text else mean_std(values)[:2]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return None if None in values else sum(values) / len(values)
 
 
 def _value(run: dict, column: dict, row: dict | None) -> float | str | None:
