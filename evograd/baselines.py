@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .hypergradient import hypergradient
 from .noise import Layout
-from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, estimator, partial
+from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
 
 
 ENGINES = ("functional", "higher")
@@ -31,7 +31,7 @@ def unrolled(
     """Differentiate ℓ_V(θ', λ) through `n_steps` SGD steps θ' = θ − η ∇_θ ℓ_T(θ, λ).
 
     One step is T1–T2 (Luketina et al., ICML 2016). The graph of the steps is kept and differentiated twice: about three times
-    the memory of a training step.
+    the memory of a training step. A function that is marked once_differentiable is refused.
 
     Args:
         engine: what makes the steps. "functional": the model itself holds the parameters of each step. "higher": the package of
@@ -43,11 +43,11 @@ def unrolled(
     shape (1,).
     """
     check_positive("inner_lr", inner_lr)
-    _check_count("n_steps", n_steps)
+    check_count("n_steps", n_steps)
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    with problem.undisturbed():
+    with problem.undisturbed(), _twice_differentiable():
         first, val, grads = (_by_higher if engine == "higher" else _by_holding)(problem, inner_lr, n_steps)
         return _result(problem.assemble([grads]), val, first.reshape(1))
 
@@ -160,7 +160,7 @@ def neumann(
     Args, returns and errors as in `evograd.baselines.unrolled`, with `n_terms` ≥ 1, the number of terms.
     """
     check_positive("inner_lr", inner_lr)
-    _check_count("n_terms", n_terms)
+    check_count("n_terms", n_terms)
 
     def solve(hessian, gradient):
         term, total = gradient, gradient
@@ -196,7 +196,7 @@ def conjugate_gradient(
 
     The other arguments, returns and errors as in `evograd.baselines.unrolled`.
     """
-    _check_count("n_iterations", n_iterations)
+    check_count("n_iterations", n_iterations)
     if damping != 0:
         check_positive("damping", damping)
 
@@ -233,7 +233,7 @@ def _implicit(
     """∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v, with v of solve(v -> H v, G)."""
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     layout = Layout(problem.theta)
-    with problem.undisturbed():
+    with problem.undisturbed(), _twice_differentiable():
         val, direct, flats = problem.val_gradient(layout, problem.theta)
         gradient = list(layout.named(flats).values())
         leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
@@ -258,6 +258,26 @@ def _implicit(
         return _result(grads, val, loss.detach().reshape(1))
 
 
+@contextmanager
+def _twice_differentiable():
+    """RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the
+    second derivative out without a word."""
+
+    def refuse(message: bytes, n: int):
+        raise RuntimeError(
+            "double backward through an autograd.Function that is marked once_differentiable. EvoGrad and guided need first "
+            "derivatives alone, mixed mode the function's jvp"
+        )
+
+    functions = torch._C._functions
+    delayed = functions.DelayedError
+    functions.DelayedError = refuse
+    try:
+        yield
+    finally:
+        functions.DelayedError = delayed
+
+
 def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:
     check_finite(losses, val, grads)
     return Hypergradient(grads, val, losses, torch.full_like(losses, 1 / len(losses)))
@@ -265,11 +285,6 @@ def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 class _Uncopied(list):

@@ -1,17 +1,23 @@
-"""How good an estimate of a hypergradient is: against exact T1–T2, over all hyperparameters as one vector."""
+"""How good an estimate of a hypergradient is, against exact T1–T2 over all hyperparameters as one vector, and what it costs."""
 
 from __future__ import annotations
 
+import statistics
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from . import measuring
 from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .hypergradient import hypergradient
+from .measuring import Cost
 from .mixed_mode import mixed_mode
-from .problem import Closure, Hypergradient, Parameters
+from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_positive
+from .problem import partial as partial_derivatives
 
 Estimate = Callable[[], Hypergradient]
 
@@ -71,3 +77,199 @@ def estimates(
     result["neumann"] = partial(neumann, *problem, **common)
     result["conjugate_gradient"] = partial(conjugate_gradient, *problem, damping=0.1, parameters=parameters)
     return result
+
+
+@dataclass(frozen=True)
+class Row:
+    """What `compare` found of one estimator.
+
+    call: how it was called, but for the closures.  cosine, sign, norm: as of `agreement`, None without an exact hypergradient.
+    cost: of one hypergradient.  reason: why there is nothing else, if it could not run.
+    """
+
+    name: str
+    call: str
+    cosine: float | None = None
+    sign: float | None = None
+    norm: float | None = None
+    cost: Cost | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """rows: best choice first.  plain: cost of a training step's forward and backward pass.  exact: whose hypergradient is the
+    measure, "T1–T2", or "mixed mode" where double backward cannot be had, or None.  draws: how many hypergradients were compared.
+
+    str() is a table.
+    """
+
+    rows: tuple[Row, ...]
+    plain: Cost
+    exact: str | None
+    draws: int
+
+    def __str__(self) -> str:
+        ran = [row for row in self.rows if row.cost]
+        header = ["estimator", "cosine", "sign", "norm", "time", "memory", "FLOPs", "launches", "call"]
+        lines = [header]
+        for row in ran:
+            quality = ["–" if v is None else f"{v:.3f}" for v in (row.cosine, row.sign, row.norm)]
+            lines.append([row.name, *quality, *(f"{ratio:.2f}" for ratio in _ratios(row.cost, self.plain)), row.call])
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        last = len(header) - 1
+        align = lambda i, cell: cell.ljust(widths[i] * (i == 0)) if i in (0, last) else cell.rjust(widths[i])
+        text = [self._headline(), "", *("  ".join(align(i, cell) for i, cell in enumerate(line)) for line in lines), ""]
+        plain = f"{self.plain.seconds * 1e3:.1f} ms, {self.plain.peak_bytes / 1e6:.1f} MB, {self.plain.flops / 1e9:.2f} GFLOP"
+        text.append(f"Time, memory (peak), FLOPs and launches: over a training step's forward and backward pass ({plain}).")
+        if self.exact:
+            text.append(f"Cosine, share of equal signs, and norm over norm: to {self.exact}, mean of {self.draws} draws.")
+        if self.exact == _MIXED:
+            text.append("T1–T2 by double backward could not run; mixed mode after an SGD step is the same hypergradient.")
+        text += [f"{row.name} could not run: {row.reason}" for row in self.rows if row.reason]
+        return "\n".join(text)
+
+    def _headline(self) -> str:
+        best = self.rows[0]
+        exact = next((row for row in self.rows if row.name == self.exact), None)
+        if exact is None:
+            return f"{best.name} is the cheapest; no exact hypergradient could be had to compare with."
+        if best is exact:
+            return f"{best.name}, exact, is the fastest of those that point its way."
+        time, memory, *_ = _ratios(best.cost, exact.cost)
+        return f"{best.name}: cosine {best.cosine:.3f} to {self.exact} at {time:.2f} of its time and {memory:.2f} of its memory"
+
+
+_EXACT, _MIXED = "T1–T2", "mixed mode"
+_GOOD = 0.99  # cosine from which on the cheaper estimate is the better choice
+
+
+def compare(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    inner_lr: float,
+    parameters: Parameters = None,
+    repeats: int = 3,
+    verbose: bool = True,
+) -> Comparison:
+    """Every estimator on one problem: how well it points the way of exact T1–T2, and what it costs. The model is left as it was.
+
+    Costs are those of one hypergradient beside those of a plain training step's forward and backward pass, all taking turns on
+    this machine. Each estimator starts from the same random draws (dropout), another set in each repeat. Best choice first: of
+    those with a cosine of 0.99 or more the fastest, the others by their cosine.
+
+    Args:
+        train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
+        inner_lr: > 0, η of the SGD step that T1–T2 looks ahead by; the model's learning rate.
+        repeats: ≥ 1, timed runs, of which time is the median and agreement the mean. Each estimator runs twice more, to count.
+        verbose: print the table, and on a terminal what is being measured.
+
+    Raises:
+        RuntimeError: no estimator could run; with the reason of the first.  ValueError, TypeError: as in `evograd.hypergradient`.
+    """
+    check_positive("inner_lr", inner_lr)
+    check_count("repeats", repeats)
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    calls = _calls(inner_lr)
+    settings = dict(parameters=parameters)
+    found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
+    devices = sorted({p.device.index for p in problem.own.values() if p.device.type == "cuda"})
+    show = _Progress(verbose, total=(len(calls) + 1) * (1 + repeats))
+
+    def plain():
+        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+        with problem.undisturbed(), problem.holding(leaves):
+            partial_derivatives(problem.evaluate(train_loss), list(leaves.values()))
+
+    def estimate(name: str) -> list[Tensor]:
+        function, _, own = calls[name]
+        return function(train_loss, val_loss, model, hyperparameters, **own, **settings).grads
+
+    def drawn(name: str) -> None:
+        """One hypergradient of the next set of random draws, kept."""
+        show(name)
+        torch.manual_seed(len(found[name]))
+        found[name].append(estimate(name))
+
+    exact_counts, reasons, failure = {}, {}, None
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        show("a plain training step")
+        plain_counts = measuring.counts(plain)
+        for name in calls:
+            show(name)
+            try:
+                exact_counts[name] = measuring.counts(partial(estimate, name))
+            except Exception as error:  # whatever an estimator cannot do with this model is a line of the table
+                failure = failure or error
+                reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if not exact_counts:
+            raise RuntimeError(f"no estimator could run; {next(iter(calls))}: {next(iter(reasons.values()))}") from failure
+        steps = {"plain": lambda: (show("a plain training step"), plain())} | {name: partial(drawn, name) for name in exact_counts}
+        times = measuring.seconds(steps, repeats, warmup=0)
+    show(None)
+
+    exact = next((name for name in (_EXACT, _MIXED) if name in exact_counts), None)
+    rows = []
+    for name, (_, call, _) in calls.items():
+        if name in reasons:
+            rows.append(Row(name, call, reason=reasons[name]))
+            continue
+        agreements = [agreement(*pair) for pair in zip(found[name], found[exact])] if exact else []
+        quality = {key: statistics.fmean(one[key] for one in agreements) for key in (agreements[0] if exact else ())}
+        rows.append(Row(name, call, **quality, cost=Cost(times[name], *exact_counts[name])))
+
+    def place(row: Row) -> tuple:
+        if row.cost is None:
+            return 2, 0.0
+        good = row.cosine is None or row.cosine >= _GOOD
+        return (0, row.cost.seconds) if good else (1, -row.cosine)
+
+    result = Comparison(tuple(sorted(rows, key=place)), Cost(times["plain"], *plain_counts), exact, repeats)
+    if verbose:
+        print(result)
+    return result
+
+
+def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
+    """{name: (estimator, how it is called, its settings)}; T1–T2 first."""
+    evograd, guided, at = "evograd.hypergradient", dict(noise="guided"), dict(lookahead="sgd")
+    entries = [
+        (_EXACT, unrolled, "evograd.baselines.unrolled", {}),
+        (_MIXED, mixed_mode, "evograd.mixed_mode", at),
+        ("mixed mode, G at θ", mixed_mode, "evograd.mixed_mode", {}),
+        ("guided", hypergradient, evograd, guided | at),
+        ("guided, G at θ", hypergradient, evograd, guided),
+        ("EvoGrad, K = 2", hypergradient, evograd, {}),
+        ("EvoGrad, K = 10", hypergradient, evograd, dict(n_candidates=10)),
+        ("finite differences", finite_difference, "evograd.baselines.finite_difference", {}),
+        ("Neumann series", neumann, "evograd.baselines.neumann", {}),
+        ("conjugate gradients", conjugate_gradient, "evograd.baselines.conjugate_gradient", dict(damping=0.1)),
+    ]
+    calls = {}
+    for name, function, path, own in entries:
+        own = own if function is conjugate_gradient else {**own, "inner_lr": inner_lr}
+        calls[name] = function, f"{path}({', '.join(f'{key}={value!r}' for key, value in own.items())})", own
+    return calls
+
+
+def _ratios(cost: Cost, over: Cost) -> list[float]:
+    """Seconds, peak bytes, FLOPs and launches of one over those of another; NaN where that has none."""
+    pairs = [(getattr(cost, key), getattr(over, key)) for key in ("seconds", "peak_bytes", "flops", "launches")]
+    return [a / b if b else float("nan") for a, b in pairs]
+
+
+class _Progress:
+    """On a terminal, one line that says how far it is; nothing elsewhere."""
+
+    def __init__(self, wanted: bool, total: int):
+        self.shown, self.total, self.done = wanted and sys.stderr.isatty(), total, 0
+
+    def __call__(self, name: str | None) -> None:
+        if self.shown:
+            text = f"comparing: {self.done} of {self.total}, {name}" if name else ""
+            print(f"\r{text:<60}", end="" if name else "\r", file=sys.stderr, flush=True)
+        self.done += 1

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 from .distributed import Shares
 from .kinks import Kinks
 from .noise import NOISES, Layout, NoiseFunction, SeededNoise, draw_seeds
-from .problem import Closure, Hypergradient, Parameters, Problem, Vector, check_finite, check_positive, estimator, partial
+from .problem import (
+    Closure,
+    Hypergradient,
+    Parameters,
+    Problem,
+    Vector,
+    check_count,
+    check_finite,
+    check_positive,
+    estimator,
+    partial,
+)
 
 STRATEGIES = ("stream", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
@@ -406,8 +417,7 @@ def _check(
     if chunk_size is not None:
         if strategy != "vmap":
             raise ValueError(f"chunk_size is of strategy='vmap'; it has no meaning with strategy={strategy!r}")
-        if not isinstance(chunk_size, Integral) or chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size!r} must be an integer of at least 1")
+        check_count("chunk_size", chunk_size)
     if not guided:
         for name, value in {"lookahead": lookahead, "radius": radius}.items():
             if value is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -415,6 +415,11 @@ def partial(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
 def check_positive(name: str, value: float) -> None:
     if not isinstance(value, Real) or isinstance(value, bool) or not (0 < value < math.inf):
         raise ValueError(f"{name}={value!r} must be a positive, finite number")
+
+
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
 def check_finite(train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor]) -> None:

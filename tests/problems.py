@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -68,6 +69,33 @@ class Sum(nn.Module):
 
 def mlp(*layers):
     return nn.Sequential(nn.Linear(D, 6), *layers, nn.Tanh(), nn.Linear(6, C))
+
+
+class _Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+class OnceDifferentiable(nn.Module):
+    """A sine with a jvp, whose second derivative by reverse mode is marked as missing."""
+
+    def forward(self, x):
+        return _Sine.apply(x)
 
 
 def frozen():

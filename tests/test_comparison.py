@@ -1,12 +1,15 @@
-"""How the agreement of two hypergradients is measured."""
+"""How the agreement of two hypergradients is measured, and every estimator compared on a problem of one's own."""
 
 import pytest
 import torch
+from torch import nn
 
+import evograd
+from evograd import measuring
 from evograd.comparison import agreement, estimates
 from evograd.lab.quality import QualityLog
 
-from .problems import bilevel
+from .problems import OnceDifferentiable, bilevel
 
 
 def test_agreement_is_over_all_hyperparameters_as_one_vector():
@@ -51,3 +54,76 @@ def test_log_of_all_estimates():
     flops = metrics["quality_flops"]
     assert flops["evograd_k2"] < flops["evograd_k10"] < flops["evograd_k50"]
     assert set(metrics["quality_seconds"]) == set(flops) == {"exact", *cosine}
+
+
+SECONDS = {"plain": 1.0, "T1–T2": 4.0, "mixed mode": 3.0, "guided": 2.0, "guided, G at θ": 2.5, "EvoGrad, K = 2": 0.5}
+
+
+@pytest.fixture
+def known_seconds(monkeypatch):
+    """Each step is run as it would be, and takes what SECONDS says, or 9 s."""
+
+    def seconds(steps, repeats, warmup):
+        for _ in range(repeats):
+            for step in steps.values():
+                step()
+        return {name: SECONDS.get(name, 9.0) for name in steps}
+
+    monkeypatch.setattr(measuring, "seconds", seconds)
+
+
+def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
+    """Dropout and BatchNorm inside: every estimator starts from the same draws, and the model is as it was."""
+    problem = bilevel("batchnorm")
+    problem.model.append(nn.Dropout(0.1))
+    state = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
+    random = torch.get_rng_state()
+    result = evograd.compare(*problem.args(), inner_lr=0.1, repeats=2)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in problem.model.state_dict().items())
+    assert all(p.grad is None for p in problem.model.parameters())
+
+    rows = {row.name: row for row in result.rows}
+    assert result.exact == "T1–T2" and result.draws == 2
+    assert rows["mixed mode"].cosine == pytest.approx(1, abs=1e-9) and rows["mixed mode"].norm == pytest.approx(1)
+    assert rows["guided"].cosine > 0.999 and rows["EvoGrad, K = 2"].cosine < 0.99
+    assert [row.name for row in result.rows][:3] == ["guided", "mixed mode", "T1–T2"]
+    cosines = [row.cosine for row in result.rows if row.cosine < 0.99]
+    assert cosines == sorted(cosines, reverse=True) and len(cosines) >= 2
+    assert rows["EvoGrad, K = 2"].cost.flops < rows["EvoGrad, K = 10"].cost.flops
+    assert result.plain.flops < rows["T1–T2"].cost.flops
+
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out == f"{result}\n"  # no terminal, no progress
+    memory = rows["guided"].cost.peak_bytes / rows["T1–T2"].cost.peak_bytes
+    assert printed.out.startswith(f"guided: cosine 1.000 to T1–T2 at 0.50 of its time and {memory:.2f} of its memory\n")
+    columns = next(line for line in printed.out.splitlines()[2:] if line.startswith("guided ")).split()
+    assert columns[:5] == ["guided", "1.000", "1.000", "1.000", "2.00"]
+    assert "evograd.hypergradient(noise='guided', lookahead='sgd', inner_lr=0.1)" in printed.out
+
+
+def test_compare_says_what_could_not_run_and_what_it_compares_with_then(known_seconds, capsys):
+    """An operation without double backward: no T1–T2, but mixed mode, which is the same."""
+    problem = bilevel("mlp")
+    problem.model.insert(1, OnceDifferentiable())
+    result = evograd.compare(*problem.args(), inner_lr=0.1, repeats=1, verbose=False)
+    assert capsys.readouterr().out == ""
+    rows = {row.name: row for row in result.rows}
+    assert result.exact == "mixed mode" and rows["guided"].cosine > 0.99
+    assert "once_differentiable" in rows["T1–T2"].reason and rows["T1–T2"].cost is None
+    assert [row.reason is not None for row in result.rows] == sorted(row.reason is not None for row in result.rows)  # last
+    text = str(result)
+    assert "T1–T2 could not run: RuntimeError: " in text and "T1–T2 by double backward could not run" in text
+    assert text.startswith("guided: cosine ") and " to mixed mode at 0.67 of its time" in text
+
+
+def test_compare_refuses_what_no_estimator_can_do():
+    problem = bilevel("mlp")
+    arguments = list(problem.args())
+    with pytest.raises(ValueError, match="repeats=0 must be an integer of at least 1"):
+        evograd.compare(*arguments, inner_lr=0.1, repeats=0)
+    with pytest.raises(ValueError, match="inner_lr=-1"):
+        evograd.compare(*arguments, inner_lr=-1)
+    arguments[3] = [torch.zeros(2, requires_grad=True)]
+    with pytest.raises(RuntimeError, match=r"no estimator could run; T1–T2: RuntimeError: hyperparameters\[0\], of shape \(2,\)"):
+        evograd.compare(*arguments, inner_lr=0.1, verbose=False)

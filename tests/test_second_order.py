@@ -11,7 +11,7 @@ from torch import nn
 
 import evograd
 
-from .problems import KINDS, Bilevel, bilevel
+from .problems import KINDS, Bilevel, OnceDifferentiable, bilevel
 from .test_hypergradient import Vector, quadratic, relative_difference
 
 ETA = 0.3
@@ -246,3 +246,32 @@ def test_mixed_mode_with_normalizations(normalization, place, float64):
     exact = evograd.baselines.unrolled(*args, inner_lr=ETA).grads[0]
     mixed = evograd.mixed_mode(*args, inner_lr=ETA, lookahead="sgd").grads[0]
     torch.testing.assert_close(mixed, exact, rtol=1e-10, atol=1e-14)
+
+
+def test_a_function_without_second_derivative_is_refused_where_it_would_be_left_out():
+    """Autograd calls the part of such a function unused; guided and mixed mode need no second derivative."""
+    problem = bilevel("mlp")
+    problem.model.insert(1, OnceDifferentiable())
+    arguments = problem.args()
+    before = torch._C._functions.DelayedError
+    double_backward = [
+        lambda: evograd.baselines.unrolled(*arguments, inner_lr=ETA),
+        lambda: evograd.baselines.unrolled(*arguments, inner_lr=ETA, engine="higher"),
+        lambda: evograd.baselines.neumann(*arguments, inner_lr=ETA),
+        lambda: evograd.baselines.conjugate_gradient(*arguments),
+    ]
+    for estimate in double_backward:
+        with pytest.raises(RuntimeError, match="marked once_differentiable. EvoGrad and guided need first"):
+            estimate()
+        assert torch._C._functions.DelayedError is before
+    mixed = evograd.mixed_mode(*arguments, inner_lr=ETA, lookahead="sgd").grads[0]
+    guided = evograd.hypergradient(*arguments, noise="guided", inner_lr=ETA, lookahead="sgd").grads[0]
+
+    class Sine(nn.Module):
+        def forward(self, x):
+            return x.sin()
+
+    problem.model[1] = Sine()
+    exact = evograd.baselines.unrolled(*arguments, inner_lr=ETA).grads[0]
+    torch.testing.assert_close(mixed, exact, rtol=1e-9, atol=1e-14)
+    assert relative_difference(guided, exact) < 1e-4
