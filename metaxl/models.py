@@ -147,6 +147,8 @@ class Tagger(nn.Module):
         new = hasattr(self.encoder, "activation_checkpointing_enable")  # its name from transformers 5 on
         name = "activation_checkpointing" if new else "gradient_checkpointing"
         getattr(self.encoder, f"{name}_enable")({"use_reentrant": False})
+        if getattr(self.encoder, "_require_grads_hook", None) is not None:
+            self.encoder.disable_input_require_grads()  # transformers 5 adds hooks for reentrant checkpointing, and leaves them
         try:
             yield
         finally:

@@ -167,6 +167,21 @@ def test_gradient_checkpointing_is_on_in_the_model_s_update_alone():
     assert not any(seen[4:])
 
 
+@pytest.mark.parametrize("method", ["evograd", "mixed_mode"])
+def test_gradient_checkpointing_leaves_no_hooks(method):
+    t = trainer(method, "--gradient-checkpointing")
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = lambda: [(name, kind, len(getattr(m, kind))) for name, m in t.model.named_modules() for kind in kinds]
+    before = hooks()
+    for _ in range(2):
+        t.step(step())
+        assert hooks() == before
+        embedded = t.model.encoder.get_input_embeddings()(torch.tensor([[1, 2]]))
+        with torch.no_grad():
+            assert not t.model.encoder.get_input_embeddings()(torch.tensor([[1, 2]])).requires_grad
+    assert embedded.requires_grad
+
+
 def test_amp_is_for_the_model_s_update_alone():
     t = trainer("evograd", "--amp")
     dtypes = []
