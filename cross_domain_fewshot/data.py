@@ -10,7 +10,9 @@ however many workers they are loaded.
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from evograd.lab import cli
 from evograd.lab.checkpoints import outlive_signals
 from evograd.lab.data import fingerprint, fingerprint_of_images
 
@@ -74,8 +77,8 @@ class Images:
             except ValueError as error:
                 broken.append(str(error))
 
-        with ThreadPoolExecutor(4) as pool:
-            decoded = list(pool.map(pixels, self.names, chunksize=64))
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            decoded = list(pool.map(pixels, self.names))
         if broken:
             raise ValueError(f"{self.domain}/{self.split}: {len(broken)} of {len(decoded)} images: {'; '.join(sorted(broken))}")
         self.pixels = torch.stack(decoded)
@@ -102,19 +105,24 @@ def decode(name: str, size: int) -> Tensor:
     """An image file -> (3, size, size) uint8: the shorter side scaled to `size`, the middle cut out. ValueError names it."""
     from PIL import Image
 
-    image = open_image(name)
+    image = open_image(name, 2 * size)
     scale = size / min(image.size)
     image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
     left, top = ((side - size) // 2 for side in image.size)
     return torch.from_numpy(np.array(image.crop((left, top, left + size, top + size)))).permute(2, 0, 1).contiguous()
 
 
-def open_image(name: str | Path):
-    """A file -> a PIL image in RGB, upright. ValueError names a file that is no image, or not whole."""
+def open_image(name: str | Path, at_least: int = 1 << 30):
+    """A file -> a PIL image in RGB, upright. ValueError names a file that is no image, or not whole.
+
+    at_least: of a JPEG file that is 2, 4 or 8 times as large as that on both sides, no more is decoded than is left at a half, a
+    quarter or an eighth of its size. What is made of it by scaling it to half of `at_least` differs by 3 of 255 (root mean square).
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(name) as opened:
+            opened.draft(None, (at_least, at_least))
             image = ImageOps.exif_transpose(opened)  # cameras write how they were held, and turn nothing
             if image.mode.startswith("I"):  # 16 bits: PIL would cut off at 255
                 pixels = np.asarray(image).astype(np.int64)
@@ -166,15 +174,32 @@ def data_fingerprint(lists: Sequence[Images]) -> str | None:
     return fingerprint(*(fingerprint_of_images(images.names, images.labels) for images in files)) if files else None
 
 
-def cache_if_small(lists: Sequence[Images], gigabytes: float) -> bool:
-    """Decode all lists into memory if together they take no more than that; whether they are there now."""
+def usable_cores() -> int:
+    """Of this process, at most 16; its share where torchrun has started several."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, max(1, there // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that reads images."""
+    add = parser.add_argument
+    add("--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more")
+    add("--workers", type=cli.at_least(0), help="processes that load images; default: by cores, 0 on a CPU if memory holds them")
+
+
+def prepare_loading(lists: Sequence[Images], cache_gb: float, workers: int | None, device: torch.device) -> int:
+    """Decode all lists into memory if together they take no more than that. How many processes are to load batches.
+
+    Where memory holds the images, a few still do for a CUDA device, which then waits for no copy on the host.
+    """
     total = sum(len(images.labels) * 3 * images.size**2 for images in lists if images.pixels is None)
-    if total > gigabytes * 1e9:
-        return False
-    for images in lists:
+    small = total <= cache_gb * 1e9
+    for images in lists if small else ():
         if images.pixels is None:
             images.cache()
-    return True
+    if small and device.type != "cuda":
+        return 0
+    return (min(4, usable_cores()) if small else usable_cores()) if workers is None else workers
 
 
 def glyph_characters(font: str) -> str:

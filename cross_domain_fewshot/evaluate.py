@@ -12,7 +12,7 @@ from pathlib import Path
 from evograd.lab import checkpoints, cli
 from evograd.lab.records import append_run
 
-from .data import DATASETS, cache_if_small, data_fingerprint, load_domain
+from .data import DATASETS, add_loading_arguments, data_fingerprint, load_domain, prepare_loading
 from .models import BACKBONES, HEADS, model_of
 from .testing import TEST_SEED, interval, score
 
@@ -30,10 +30,7 @@ def parse_args(argv=None):
     parser.add_argument("--backbone", choices=BACKBONES, help="refuse checkpoints of another")
     parser.add_argument("--head", choices=tuple(HEADS), help="refuse checkpoints of another")
     cli.add_device_argument(parser)
-    parser.add_argument(
-        "--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more"
-    )
-    parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
+    add_loading_arguments(parser)
     parser.add_argument("--out", type=cli.writable, metavar="FILE", help="JSON-lines file that the records are appended to")
     return parser.parse_args(argv)
 
@@ -69,7 +66,7 @@ def main(argv=None):
         settings.n_shot, settings.n_query = args.n_shot or settings.n_shot, args.n_query or settings.n_query
         images = load_domain(args.data, args.data_dir, args.domain, args.split, settings.image_size)
         images.check(settings.n_way, settings.n_shot + settings.n_query)
-        n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
+        n_workers = prepare_loading([images], args.cache_gb, args.workers, args.device)
     results = [score(model, images, settings, args.episodes, args.seed, n_workers) for model, _ in models]
     for path, (_, config), accuracies in zip(args.checkpoints, models, results):
         mean, half_width = interval(accuracies)

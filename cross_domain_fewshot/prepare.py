@@ -18,7 +18,7 @@ from tqdm import tqdm
 from evograd.lab import cli
 from evograd.lab.records import write_text
 
-from .data import open_image
+from .data import open_image, usable_cores
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SPLITS = ("base", "val", "novel")
@@ -55,7 +55,7 @@ def check_images(files):
         except ValueError as error:
             return str(error)
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         found = tqdm(pool.map(why, files, chunksize=16), total=len(files), desc="images", unit="image", mininterval=1)
         broken = [message for message in found if message]
     if broken:

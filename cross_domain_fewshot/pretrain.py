@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from evograd.lab import checkpoints, cli
 from evograd.lab.records import given, seed_everything
 
-from .data import DATASETS, augmented, cache_if_small, centred, data_fingerprint, load_domain, stream
+from .data import DATASETS, add_loading_arguments, augmented, centred, data_fingerprint, load_domain, prepare_loading, stream
 from .models import BACKBONES, Encoder
 from .train import by_data, fill_defaults
 
@@ -53,10 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--seed", type=cli.seed, default=1, help="of the weights and the order of the data")
     cli.add_device_argument(parser)
-    parser.add_argument(
-        "--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more"
-    )
-    parser.add_argument("--workers", type=cli.at_least(0), default=2, help="processes that decode images otherwise")
+    add_loading_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="the encoder; FILE.part is the checkpoint on the way")
     cli.add_resume_arguments(parser)
     args = parser.parse_args(argv)
@@ -82,7 +79,7 @@ def main(argv=None):
         found = keeper.resume()
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
-        n_workers = 0 if cache_if_small([images], args.cache_gb) else args.workers
+        n_workers = prepare_loading([images], args.cache_gb, args.workers, args.device)
     classifier = nn.Linear(encoder.channels, len(images.classes)).to(args.device)
     optimizer = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], lr=args.lr)
     batches = Batches(images, args.seed, args.batch_size)

@@ -17,7 +17,7 @@ from evograd.comparison import agreement
 from evograd.lab import checkpoints, cli
 from evograd.lab.records import append_run, mean_std, seed_everything
 
-from .data import TrainingSteps, cache_if_small, data_fingerprint, load_domain, stream
+from .data import TrainingSteps, data_fingerprint, load_domain, prepare_loading, stream
 from .models import transformations
 from .train import Trainer, prepare
 
@@ -49,7 +49,7 @@ def main(argv=None):
         trainer = Trainer(settings, state["n_classes"])
         trainer.model.load_state_dict(state["model"])
         domains = [load_domain(config["data"], args.data_dir, name, "base", config["image_size"]) for name in config["seen"]]
-        n_workers = 0 if cache_if_small(domains, 4.0) else 2
+        n_workers = prepare_loading(domains, 4.0, None, args.device)
     seed_everything(args.seed)
     n_images = config["n_shot"] + config["n_query"]
     # Other episodes than those that it was trained on, each pair from domains of its own.
@@ -63,7 +63,7 @@ def main(argv=None):
     for p in trainer.hyperparameters:
         p.requires_grad_(True)
     seen = {}  # {estimator: {measure and part: values}}
-    batches = stream(steps, range(args.steps), n_workers, pin=False)
+    batches = stream(steps, range(args.steps), n_workers, pin=args.device.type == "cuda")
     for t, batch in enumerate(tqdm(batches, total=args.steps, desc="quality", unit="step", mininterval=1)):
         train_loss, val_loss = trainer.losses(*prepare(settings, batch, generator)[:2])
 

@@ -26,11 +26,12 @@ from .data import (
     GLYPH_FONTS,
     PAPER_DOMAINS,
     TrainingSteps,
+    add_loading_arguments,
     augmented,
-    cache_if_small,
     centred,
     data_fingerprint,
     load_domain,
+    prepare_loading,
     stream,
 )
 from .models import BACKBONES, HEADS, episode_loss, model_of, transformations
@@ -89,12 +90,7 @@ def parse_args(argv=None):
     parser.add_argument("--encoder", metavar="FILE", help="checkpoint of pretrain.py to start from; default: random weights")
     parser.add_argument("--amp", action="store_true", help="bfloat16 in the model's own update; hypergradients stay in float32")
     parser.add_argument("--test-episodes", type=cli.at_least(2), help=f"default: {by_data('test_episodes')}")
-    parser.add_argument(
-        "--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more"
-    )
-    parser.add_argument(
-        "--workers", type=cli.at_least(0), default=2, help="processes that decode images if memory does not hold them"
-    )
+    add_loading_arguments(parser)
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
     fill_defaults(args)
@@ -326,8 +322,7 @@ def run(args, processes):
         trainer = Trainer(args, n_classes, processes)
         if args.encoder:
             load_encoder(trainer.model, args)
-        in_memory = cache_if_small([*domains, test], args.cache_gb)
-    n_workers = 0 if in_memory else args.workers
+        n_workers = prepare_loading([*domains, test], args.cache_gb, args.workers, args.device)
 
     n_steps = args.epochs * args.episodes
     learns = trainer.meta.learns

@@ -526,6 +526,41 @@ def test_images_of_every_kind_look_as_they_are(kind, tmp_path):
     assert kind != "16" or left.mean() > 50
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_jpeg_files_are_decoded_at_a_part_of_their_size(turned, tmp_path):
+    random = np.random.default_rng(0)
+    rough = Image.fromarray(random.integers(0, 256, (20, 30, 3), np.uint8)).resize((600, 400), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    path = tmp_path / "image.jpg"
+    rough.save(path, quality=90, exif=exif)
+    turn = lambda size: size[::-1] if turned else size
+    assert data.open_image(path).size == turn((600, 400))
+    assert data.open_image(path, 401).size == data.open_image(path, 201).size == turn((600, 400))  # the shorter side counts
+    assert data.open_image(path, 200).size == turn((300, 200))
+    assert data.open_image(path, 50).size == turn((75, 50))
+    small = data.decode(path, 25).float()
+    whole = data.open_image(path).resize(turn((38, 25)), Image.Resampling.BILINEAR).crop(turn((6, 0)) + turn((31, 25)))
+    assert (small - torch.from_numpy(np.array(whole)).permute(2, 0, 1)).square().mean().sqrt() < 4
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        data.open_image(path, 50)
+
+
+def test_how_many_processes_load_images(monkeypatch):
+    lists, decoded = [data.Images("a", "base", np.zeros(10), ["file"] * 10, 10)], []  # 3 KB
+    monkeypatch.setattr(data.Images, "cache", lambda images: decoded.append(images))
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    n = lambda device, cache_gb, workers=None: data.prepare_loading(lists, cache_gb, workers, device)
+    assert (n(cpu, 0), n(cuda, 0), n(cuda, 0, 3), n(cpu, 0, 0)) == (12, 12, 3, 0) and not decoded
+    assert (n(cpu, 1), n(cuda, 1), n(cuda, 1, 0)) == (0, 4, 0) and decoded == lists * 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert n(cpu, 0) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert n(cpu, 0) == 1
+
+
 def test_what_systems_leave_among_images_is_no_class(tmp_path, capsys):
     root = tmp_path / "set"
     for name in ("a", "b", ".hidden", "__MACOSX"):
