@@ -184,20 +184,20 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that reads images."""
     add = parser.add_argument
     add("--cache-gb", type=cli.not_negative, default=4.0, help="decode all images into memory if they take no more")
-    add("--workers", type=cli.at_least(0), help="processes that load images; default: by cores, 0 on a CPU if memory holds them")
+    add("--workers", type=cli.at_least(0), help="processes that load image files; default: by cores. On a CPU none if memory holds all")
 
 
 def prepare_loading(lists: Sequence[Images], cache_gb: float, workers: int | None, device: torch.device) -> int:
     """Decode all lists into memory if together they take no more than that. How many processes are to load batches.
 
-    Where memory holds the images, a few still do for a CUDA device, which then waits for no copy on the host.
+    Where memory holds those of files, a few still do for a CUDA device, which then waits for no copy on the host.
     """
     total = sum(len(images.labels) * 3 * images.size**2 for images in lists if images.pixels is None)
     small = total <= cache_gb * 1e9
     for images in lists if small else ():
         if images.pixels is None:
             images.cache()
-    if small and device.type != "cuda":
+    if small and (device.type != "cuda" or not any(images.names for images in lists)):
         return 0
     return (min(4, usable_cores()) if small else usable_cores()) if workers is None else workers
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from evograd.lab import checkpoints, cli
+from evograd.lab import checkpoints, cli, methods
 from evograd.lab.records import given, seed_everything
 
 from .data import DATASETS, add_loading_arguments, augmented, centred, data_fingerprint, load_domain, prepare_loading, stream
@@ -81,7 +81,7 @@ def main(argv=None):
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
         n_workers = prepare_loading([images], args.cache_gb, args.workers, args.device)
     classifier = nn.Linear(encoder.channels, len(images.classes)).to(args.device)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *classifier.parameters()], lr=args.lr)
+    optimizer = methods.optimizer(torch.optim.Adam, [*encoder.parameters(), *classifier.parameters()], lr=args.lr)
     batches = Batches(images, args.seed, args.batch_size)
     n_steps = args.epochs * batches.per_epoch
     generator = torch.Generator().manual_seed(args.seed)  # of the augmentations

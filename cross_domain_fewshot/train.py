@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evograd.lab import checkpoints, cli
-from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.methods import MetaStep, baseline, learned, optimizer, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything
 
@@ -139,7 +139,7 @@ class Trainer:
         # What an episode's loss depends on: the classifier has the auxiliary loss alone, in which λ is not.
         self.episodic = {name: p for name, p in named.items() if not name.startswith("classifier.")}
         self.weights = list(named.values())
-        self.optimizer = torch.optim.Adam(self.weights, lr=args.lr)
+        self.optimizer = optimizer(torch.optim.Adam, self.weights, lr=args.lr)
         if self.meta.learns:
             self.meta_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.transform_lr, weight_decay=1e-8)
         for p in self.hyperparameters:

@@ -125,15 +125,19 @@ def hypergradient(
         RuntimeError: a hyperparameter on which no loss depends, a loss or a gradient that is NaN or infinite, a loss that writes
             into the model's parameters. With `group` also, in every process: a closure that raised in another one, or generators
             that disagree (no noise is sent, so it must be drawn alike: seed them alike). A process that dies is noticed by
-            torch.distributed, at the latest after the timeout of its init_process_group; torchrun ends the others at once.
+            torch.distributed, at the latest after the timeout of its init_process_group; torchrun ends the others at once. Also
+            while a CUDA graph is captured: seeds come from the host, and each replay would take the same directions.
 
-    Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast. What train_loss detaches, and
+    Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast, and on CUDA without TF32
+    (torch.backends.cudnn.allow_tf32, which is True by default, and torch.backends.cuda.matmul.allow_tf32); there is a warning
+    where θ is on CUDA and one of them is on. What train_loss detaches, and
     depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once,
     at θ, and handed to all of them (the input of label noise's weight net, that of MetaXL's transformation).
     """
     guided = isinstance(noise, str) and noise == "guided"
     _check(n_candidates, sigma, temperature, noise, radius, strategy, chunk_size, inner_lr, lookahead, generator, group)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    problem.check_differences()
     lam = problem.lam
     eta = sigma**2 * (n_candidates - 1) / (n_candidates * temperature)  # of the estimate as it comes
 

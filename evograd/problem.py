@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -90,6 +91,20 @@ class Problem:
         self.lam = Vector(self.hyperparameters)
         tensors = [*self.theta.values(), *self.fixed.values(), *self.hyperparameters]
         self.draws = Draws({t.device for t in tensors if t.device.type == "cuda"})
+
+    def check_differences(self) -> None:
+        """Of an estimator that takes differences of losses: a warning if TF32 blurs them; RuntimeError within a CUDA graph."""
+        if any(map(capturing, self.theta.values())):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and hypergradient cannot be: its seeds come from the host, and every replay would "
+                "take the same directions and the same random draws; capture the ordinary step, and call this outside of it"
+            )
+        if any(p.device.type == "cuda" and p.dtype == torch.float32 for p in self.theta.values()) and (flags := tf32()):
+            warnings.warn(
+                f"{' and '.join(flags)} is True: losses on CUDA are computed in TF32, whose relative error of 5e-4 is more than "
+                "candidates differ by. Set it to False, at least around this call",
+                stacklevel=4,  # past `estimator` and the function that it wraps
+            )
 
     def _split(self, parameters: Parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Names of the model's parameters -> (θ, held fixed), both detached, without the hyperparameters."""
@@ -422,9 +437,27 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}={value!r} must be an integer of at least 1")
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the tensor's kind of device."""
+    return not isinstance(tensor, FakeTensor) and tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def tf32() -> list[str]:
+    """What CUDA computes in TF32 where float32 was asked for: torch's flags that are on, by name."""
+
+    def on(old, new) -> bool:
+        try:
+            return old.allow_tf32
+        except RuntimeError:  # the newer flags are set, and the older one cannot say both of two
+            return new.fp32_precision == "tf32"
+
+    flags = {"torch.backends.cudnn": torch.backends.cudnn, "torch.backends.cuda.matmul": torch.backends.cuda.matmul}
+    return [f"{name}.allow_tf32" for name, flag in flags.items() if on(flag, getattr(flag, "conv", flag))]
+
+
 def check_finite(train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor]) -> None:
     """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end."""
-    if isinstance(val_loss, FakeTensor) or (val_loss.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if isinstance(val_loss, FakeTensor) or capturing(val_loss):
         return
     largest = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
     n = len(train_losses)

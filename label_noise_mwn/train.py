@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from evograd.lab import cli
 from evograd.lab.checkpoints import Keeper
 from evograd.lab.data import batches
-from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.methods import MetaStep, baseline, learned, optimizer, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything, step_cost
 from evograd.measuring import measure
@@ -124,7 +124,7 @@ class Trainer:
         # The same parameters, or what the estimators put in their place.
         self.compiled = torch.compile(self.model) if args.compile else self.model
         self.ordinary = processes.data_parallel(self.compiled, self.model.parameters())
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=args.lr, **MOMENTUM)
+        self.optimizer = optimizer(torch.optim.SGD, self.model.parameters(), lr=args.lr, **MOMENTUM)
         if args.meta_optimizer == "sgd":
             self.meta_optimizer = torch.optim.SGD(self.weight_net.parameters(), lr=args.meta_lr, **MOMENTUM)
         else:

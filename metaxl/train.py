@@ -24,7 +24,7 @@ from evograd import hypergradient
 from evograd.lab import cli
 from evograd.lab.checkpoints import Keeper
 from evograd.lab.data import batches
-from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.methods import MetaStep, baseline, learned, optimizer, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything
 from evograd.measuring import flops, launches, peak_bytes
@@ -146,7 +146,7 @@ class Trainer:
         self.meta = MetaStep(METHODS[args.method], args, processes)
         self.ordinary = processes.data_parallel(model, self.theta)  # the same parameters
         self.n_steps = 0
-        self.optimizer = torch.optim.Adam(self.theta, lr=args.lr)
+        self.optimizer = optimizer(torch.optim.Adam, self.theta, lr=args.lr)
         warm_up = max(1, n_steps // 10)
         decay = lambda step: min((step + 1) / warm_up, max(0.0, (n_steps - step) / max(1, n_steps - warm_up)))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, decay)

@@ -39,8 +39,8 @@ def plot_angles(runs, path, title, every, label):
 
 @functools.cache
 def defaults(method, data):
-    """The configuration that a run of the method on the data has when nothing else is said."""
-    return plain(cli.config_of(parse_args(["--method", method, "--data", data])))
+    """The configuration that a run of the method on the data has when nothing else is said. No device is touched for it."""
+    return plain(cli.config_of(parse_args(["--method", method, "--data", data, "--device", "cpu"])))
 
 
 def changed(config):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from evograd.lab import cli
 from evograd.lab.checkpoints import Keeper
 from evograd.lab.data import batches
-from evograd.lab.methods import MetaStep, baseline, learned, table
+from evograd.lab.methods import MetaStep, baseline, learned, optimizer, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything, step_cost
 from evograd.measuring import measure
@@ -67,7 +67,7 @@ class Trainer:
         self.model = lenet().to(args.device)
         self.ordinary = processes.data_parallel(self.model, self.model.parameters())  # the same parameters
         self.angle = torch.zeros((), device=args.device, requires_grad=True)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
+        self.optimizer = optimizer(torch.optim.Adam, self.model.parameters(), lr=args.lr)
         self.meta_optimizer = torch.optim.Adam([self.angle], lr=args.angle_lr)
         # Its own, on the device: every method sees the same batches, and no index has to be sent there.
         self.random = torch.Generator(args.device).manual_seed(args.seed)

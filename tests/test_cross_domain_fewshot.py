@@ -555,6 +555,7 @@ def test_how_many_processes_load_images(monkeypatch):
     n = lambda device, cache_gb, workers=None: data.prepare_loading(lists, cache_gb, workers, device)
     assert (n(cpu, 0), n(cuda, 0), n(cuda, 0, 3), n(cpu, 0, 0)) == (12, 12, 3, 0) and not decoded
     assert (n(cpu, 1), n(cuda, 1), n(cuda, 1, 0)) == (0, 4, 0) and decoded == lists * 3
+    assert data.prepare_loading([data.draw_glyphs("sans", "val", 12)], 1, None, cuda) == 0  # small, and there
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert n(cpu, 0) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")

@@ -76,13 +76,13 @@ def check_ours(path: str | Path, flag: str) -> None:
 
 
 def random_states() -> dict:
-    """The states of Python's, NumPy's and torch's generators, the CPU's and those of all CUDA devices."""
+    """The states of Python's, NumPy's and torch's generators, the CPU's and that of this process's CUDA device."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
@@ -91,8 +91,10 @@ def restore_random_states(states: dict) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
-        torch.cuda.set_rng_state(state, device)
+    if states["cuda"] and torch.cuda.is_initialized():
+        here = torch.cuda.current_device()
+        # older checkpoints hold those of all devices
+        torch.cuda.set_rng_state(states["cuda"][here if here < len(states["cuda"]) else 0])
 
 
 def outlive_signals(worker: int) -> None:

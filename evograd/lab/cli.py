@@ -313,7 +313,8 @@ def device(text: str) -> torch.device:
                 f"{text!r} given{of}, but this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere"
             )
         torch.cuda.set_device(index)  # so that what is measured is measured there
-        torch.backends.cudnn.allow_tf32 = False  # candidates differ in loss by less than TF32 resolves
+        # candidates differ in loss by less than TF32 resolves
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return value
 
 

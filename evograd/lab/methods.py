@@ -50,6 +50,12 @@ class Estimator:
     shares: tuple[str, ...] = ()
 
 
+def optimizer(kind: type[torch.optim.Optimizer], parameters: Iterable[Tensor], **settings) -> torch.optim.Optimizer:
+    """Of a model, with gradients that backward() leaves: fused on CUDA, where others hold temporaries of the model's size."""
+    parameters = list(parameters)
+    return kind(parameters, **settings, **({"fused": True} if parameters[0].device.type == "cuda" else {}))
+
+
 UNROLLED = ("inner_lr", "inner_steps"), {"inner_steps": "n_steps"}
 ESTIMATORS = {
     "evograd": Estimator(

@@ -161,7 +161,10 @@ def processes(device: torch.device) -> Iterator[Processes]:
     if world_size() == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":  # the one that `cli.device` has made the current one: NCCL would have to guess
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    else:
+        dist.init_process_group("gloo")
     rank, stdout = dist.get_rank(), sys.stdout
     try:
         with contextlib.ExitStack() as stack:

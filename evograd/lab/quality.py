@@ -27,6 +27,8 @@ class QualityLog:
         for name, estimate in estimates.items():
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 if name in self.flops:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)  # the step before is still at work there
                     start = time.perf_counter()
                     grads[name] = [g.cpu() for g in estimate().grads]
                     self.seconds.setdefault(name, []).append(time.perf_counter() - start)
