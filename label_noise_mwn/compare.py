@@ -3,7 +3,7 @@
     python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--width 1] [--batch-size 100] [--channels-last]
     python -m label_noise_mwn.compare --fake --model wrn28_10       without time, on any machine: FLOPs and bytes are counted
                                                                     on tensors that have shapes and no values (FakeTensorMode)
-    python -m label_noise_mwn.compare --variants                    what channels last, torch.compile and autocast save
+    python -m label_noise_mwn.compare --variants                    what channels last, torch.compile, CUDA graphs and autocast save
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
 """
@@ -35,6 +35,7 @@ VARIANTS = {
     "channels_last": ["--channels-last"],
     "compiled": ["--compile"],
     "channels_last_compiled": ["--channels-last", "--compile"],
+    "cuda_graphs": ["--compile", "reduce-overhead"],
     "autocast": ["--amp"],  # in the ordinary step
 }
 
@@ -42,12 +43,13 @@ VARIANTS = {
 def variants(args, common, task):
     """How many times faster each method's step is with each variant than without; all take turns."""
     steps = {}
+    chosen = {name: flags for name, flags in VARIANTS.items() if name != "cuda_graphs" or args.device.type == "cuda"}
     for method in ("cross_entropy", *args.methods):
-        for variant, flags in VARIANTS.items():
+        for variant, flags in chosen.items():
             trainer = Trainer(parse_args([*common, *flags, "--method", method]), task)
             steps["plain" if method == "cross_entropy" else method, variant] = trainer.step
     times = seconds(steps, args.repeats, warmup=3)
-    faster = {variant: {} for variant in VARIANTS}
+    faster = {variant: {} for variant in chosen}
     for (method, variant), time in times.items():
         faster[variant][method] = times[method, "contiguous"] / time
     for variant, methods in faster.items():

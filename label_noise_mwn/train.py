@@ -77,7 +77,10 @@ def parse_args(argv=None):
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror one image in two; default: all data but digits")
     add("--amp", action="store_true", help="bfloat16 autocast in the ordinary step; hypergradients stay in float32")
     add("--channels-last", action="store_true", help="memory format of images and model")
-    add("--compile", action="store_true", help="torch.compile the model for the ordinary step and for candidates")
+    add(
+        "--compile", nargs="?", const=True, default=False, choices=(True, "reduce-overhead"), metavar="MODE",
+        help="torch.compile the model for the ordinary step and for candidates; reduce-overhead: on CUDA as CUDA graphs",
+    )  # fmt: skip
     group = parser.add_argument_group("weight net")
     add = group.add_argument
     add("--meta-every", type=cli.at_least(1), default=1, metavar="N", help="one meta-update every N steps")
@@ -122,7 +125,8 @@ class Trainer:
         if args.channels_last:
             self.model = self.model.to(memory_format=self.format)
         # The same parameters, or what the estimators put in their place.
-        self.compiled = torch.compile(self.model) if args.compile else self.model
+        mode = None if args.compile is True else args.compile
+        self.compiled = torch.compile(self.model, mode=mode) if args.compile else self.model
         self.ordinary = processes.data_parallel(self.compiled, self.model.parameters())
         self.optimizer = optimizer(torch.optim.SGD, self.model.parameters(), lr=args.lr, **MOMENTUM)
         if args.meta_optimizer == "sgd":
