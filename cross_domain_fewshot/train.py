@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evograd.lab import checkpoints, cli
+from evograd.lab.data import fingerprint
 from evograd.lab.methods import MetaStep, baseline, learned, optimizer, table
 from evograd.lab.processes import ALONE, processes
 from evograd.lab.records import seed_everything
@@ -257,6 +258,12 @@ def load_encoder(model, args):
     model.encoder.load_state_dict({**own, **dict(zip(weights, found))})
 
 
+def encoder_fingerprint(file):
+    """Of the weights in a checkpoint of pretrain.py; None without one. Files of the same weights may differ."""
+    weights = checkpoints.load(file).get("encoder", {}) if file else {}
+    return fingerprint(*(f"{tuple(t.shape)} ".encode() + t.numpy().tobytes() for t in weights.values())) if weights else None
+
+
 def _without_transformations(encoder, state):
     inside = tuple(f"{name}." for name in transformations(encoder))
     return [name for name in state if not name.startswith(inside)] if inside else list(state)
@@ -308,7 +315,8 @@ def run(args, processes):
 
     with cli.exit_on_bad_input():
         lists = load_lists() if args.data == "filelists" else None  # a run is one of its files; glyphs take long to draw
-        config = {**recorded(args), "fingerprint": data_fingerprint(lists or [])}
+        found = {"fingerprint": data_fingerprint(lists or []), "encoder_fingerprint": encoder_fingerprint(args.encoder)}
+        config = {**recorded(args), **found}
         keeper = checkpoints.Keeper(args, "cross_domain_fewshot", config, processes, name=run_name(args), keep=True)
         found = keeper.start()
         if found is None:

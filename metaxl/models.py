@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evograd.lab.data import fingerprint, fingerprint_of_file
+
 from .data import Batch, Sentence
 
 TINY_LENGTH = 128  # sub-words that the tiny encoder takes
@@ -158,6 +160,16 @@ class Tagger(nn.Module):
 def encoder_name(encoder: str) -> str:
     """What records call it: a hub's name as it is, a folder by its last two parts."""
     return "/".join(Path(encoder).resolve().parts[-2:]) if Path(encoder).is_dir() else encoder
+
+
+def encoder_fingerprint(encoder: str) -> str | None:
+    """Of the files of a folder that make an encoder and its tokenizer; None for a name on the hub, and for tiny."""
+    folder = Path(encoder)
+    if not folder.is_dir():
+        return None
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))  # transformers takes the first kind if both are there
+    others = [file for suffix in ("json", "txt", "model") for file in sorted(folder.glob(f"*.{suffix}"))]
+    return fingerprint(*(f"{file.name} {fingerprint_of_file(file)}" for file in [*weights, *others] if file.is_file()))
 
 
 def load_encoder(encoder: str):

@@ -30,7 +30,7 @@ from evograd.lab.records import seed_everything
 from evograd.measuring import flops, launches, peak_bytes
 
 from .data import DATASETS, Batch, Examples, data_fingerprint, download_wikiann, load
-from .models import Tagger, encoder_name, load_encoder, longest, tiny_encoder
+from .models import Tagger, encoder_fingerprint, encoder_name, load_encoder, longest, tiny_encoder
 
 # perturb: whose copies the estimator makes: EvoGrad's perturb the classifier, the others take their step in all parameters.
 # rtn_input: what RTNs see in the training loss of the candidates: what reaches them in each, or what did in the model, for all.
@@ -463,7 +463,8 @@ def run(args, processes):
             for language in (args.source, args.target) if args.download else ():
                 download_wikiann(args.data_dir, language)
         read = data_fingerprint(args.data, args.data_dir, args.source, args.target)
-        config = {**cli.config_of(args), "encoder": encoder_name(args.encoder), "fingerprint": read}
+        of_encoder = {"encoder": encoder_name(args.encoder), "encoder_fingerprint": encoder_fingerprint(args.encoder)}
+        config = {**cli.config_of(args), **of_encoder, "fingerprint": read}
         keeper = Keeper(args, "metaxl", config, processes)
         found = keeper.start()
         if found is None:

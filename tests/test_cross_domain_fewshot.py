@@ -325,7 +325,16 @@ def test_encoder_is_handed_over(tmp_path, capsys):
         train.load_encoder(model, args)
         convolutions = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv2d)]
         assert all(torch.equal(m.weight, w) for m, w in zip(convolutions, (w for w in weights.values() if w.ndim == 4)))
-    assert run(tmp_path, "none", "--encoder", str(file))["config"]["pretrained"] is True
+    first = run(tmp_path, "none", "--encoder", str(file), "--skip-done")["config"]
+    assert first["pretrained"] is True
+    state = checkpoints.load(file)
+    checkpoints.save(file, {**state, "step": 1})  # another file, of the same weights
+    assert run(tmp_path, "none", "--encoder", str(file), "--skip-done")["config"] == first
+    assert "nothing to do" in capsys.readouterr().out
+    state["encoder"][next(iter(state["encoder"]))] += 1e-3
+    checkpoints.save(file, state)
+    other = run(tmp_path, "none", "--encoder", str(file), "--skip-done")["config"]
+    assert other.pop("encoder_fingerprint") != first.pop("encoder_fingerprint") and other == first
     for backbone in ("conv6", "resnet10"):
         wrong = ["--backbone", backbone, "--image-size", "32", "--encoder", str(file)]
         with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from evograd.comparison import agreement
 from evograd.lab.methods import MAIN
 from metaxl import compare, data, plot, train
 from metaxl.data import Batch, Examples, Sentence, toy_language
-from metaxl.models import RTN, Tagger, load_encoder, longest, tiny_encoder
+from metaxl.models import RTN, Tagger, encoder_fingerprint, load_encoder, longest, tiny_encoder
 from tests.test_scripts import shell
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
@@ -588,6 +588,23 @@ def test_an_encoder_folder_and_bio_files(method, tmp_path, capsys):
     assert record["config"]["encoder"] == "hub/bert"
     assert list(record["metrics"]["gates"]["xx"]) == ["3"]
     assert str(tmp_path) not in json.dumps(record["config"])
+
+
+def test_two_encoders_of_one_name_are_two_runs(tmp_path, capsys):
+    sentences = toy_language("north")["train"][:100]
+    folder, flags = tmp_path / "hub" / "bert", ["--max-length", "40", "--encoder", str(tmp_path / "hub" / "bert")]
+    records = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        save_bert(folder, sentences)
+        records.append(run(tmp_path, "joint_training", *flags, "--skip-done"))
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and capsys.readouterr().out.count("nothing to do") == 1  # the second is the first again
+    configs = [json.loads(line)["config"] for line in lines]
+    assert len({config.pop("encoder_fingerprint") for config in configs}) == 2 and configs[0] == configs[1]
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert encoder_fingerprint(str(folder)) != records[-1]["config"]["encoder_fingerprint"]
+    assert encoder_fingerprint("tiny") is encoder_fingerprint("xlm-roberta-base") is None
 
 
 def write_sentiment(root, language, words):

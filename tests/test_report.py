@@ -1,5 +1,6 @@
 """The report: tables from result lines alone, as they were written down once by hand."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -697,3 +698,20 @@ def test_fingerprints_tell_data_apart_where_both_are_known(tmp_path):
     assert rows()[0] == ["ours", "3", "92.0 ± 2.0"]
     append_line(path, line("a", 1, 10.0, fingerprint="cd"))
     assert rows() == [["ours", "3", "92.0 ± 2.0"], ["ours, fingerprint cd", "1", "10.0"]]
+
+
+def test_encoders_of_one_name_are_told_apart_where_both_are_known(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for seed, accuracy, mark in ((1, 90.0, None), (2, 92.0, "ab"), (3, 94.0, "ab")):
+        append_line(path, line("a", seed, accuracy, fingerprint="data", **({"encoder_fingerprint": mark} if mark else {})))
+    rows = lambda: [row[:3] for row in tables.build_table(SPEC["tables"][0], read_runs([path])[0]).rows[:2]]
+    assert rows()[0] == ["ours", "3", "92.0 ± 2.0"]
+    append_line(path, line("a", 1, 10.0, fingerprint="data", encoder_fingerprint="cd"))
+    assert rows() == [["ours", "3", "92.0 ± 2.0"], ["ours, encoder_fingerprint cd", "1", "10.0"]]
+
+
+@pytest.mark.parametrize("module", ["evograd.lab.report", "evograd.lab.figures", "rotation.plot"])
+@pytest.mark.parametrize(("arguments", "words"), [(["nowhere.jsonl"], "no such file: nowhere.jsonl"), (["--page"], "--page")])
+def test_wrong_arguments_are_answered_in_two_lines(module, arguments, words, refused):
+    message = refused(importlib.import_module(module).main, arguments, words).splitlines()
+    assert len(message) == 2 and message[0].endswith("--help lists them")

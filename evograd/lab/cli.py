@@ -88,6 +88,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"usage: {self.prog} [flags]; --help lists them\n{self.prog}: error: {message}\n")
 
 
+def check_files(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """An error that names the files that are not there."""
+    missing = [str(name) for name in names if not os.path.exists(name) or os.path.isdir(name)]
+    if missing:
+        parser.error(f"no such file: {', '.join(missing)}")
+
+
 def experiment_parser(
     description: str, table: Iterable[str], data: Sequence[str], data_file: str | None = None
 ) -> argparse.ArgumentParser:

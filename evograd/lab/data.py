@@ -21,6 +21,15 @@ def fingerprint(*parts: str | bytes) -> str:
     return digest.hexdigest()[:12]
 
 
+def fingerprint_of_file(path: Path) -> str:
+    """Of a file that may be large."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
 def fingerprint_of_images(names: Iterable[str], labels: Iterable[int], n_read: int = 32) -> str:
     """Of many image files: their names (without the place of their folders), labels, sizes, and what n_read of them hold."""
     files = [Path(name) for name in names]

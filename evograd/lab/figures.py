@@ -4,7 +4,6 @@
                                                     resources/cover.png, the README's first figure: few estimates, over time
 """
 
-import argparse
 import statistics
 import textwrap
 from collections import Counter
@@ -18,7 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .records import by_configuration, read_runs, settings_key
+from . import cli
+from .records import FINGERPRINTS, by_configuration, read_runs, settings_key
 from .tables import OF_LEARNING, OF_METHOD, differences, named
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito), the same in every figure.
@@ -53,16 +53,14 @@ def runs_to_plot(
 
     further: other kinds of records that are wanted as well, such as <experiment>_scale.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=description)
     results = f"{experiment}/results"
     # Runs that were made to compare estimates have settings of their own: resources/quality.png shows them.
     default = sorted(set(glob(f"{results}/*.jsonl")) - {f"{results}/quality.jsonl"})
     parser.add_argument("results", nargs="*", default=default, help="result files")
     parser.add_argument("--out-dir", type=Path, default=Path(results), help="folder of the figures")
     args = parser.parse_args(argv)
-    missing = [name for name in args.results if not Path(name).is_file()]
-    if missing:
-        parser.error(f"no such file: {', '.join(missing)}")
+    cli.check_files(parser, args.results)
     if not args.results:
         parser.error(f"no result files in {results}: run the experiment first, or name the files")
     runs, broken = read_runs(args.results)
@@ -82,7 +80,7 @@ def usual_settings(runs: list[dict], names: Sequence[str]) -> list[dict]:
     for run in runs:
         groups.setdefault(tuple(run["config"][name] for name in names), []).append(run)
     # Without what is the method's own. `names` but the method stay: runs of other data have no say.
-    common = lambda run: settings_key(run["config"], without=("seed", "method", "fingerprint", *OF_METHOD, *OF_LEARNING))
+    common = lambda run: settings_key(run["config"], without=("seed", "method", *FINGERPRINTS, *OF_METHOD, *OF_LEARNING))
     support = Counter(map(common, runs))
     size = lambda group: (len(group), support[common(group[0])])
     return [run for group in groups.values() for run in max(reversed(by_configuration(group)), key=size)]
@@ -235,10 +233,11 @@ def plot_cover(runs: list[dict], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("results", nargs="*", default=sorted(glob("*/results/quality.jsonl")), help="result files")
     parser.add_argument("--out", type=Path, default=Path("resources/quality.png"), help="the figure; cover.png beside it")
     args = parser.parse_args(argv)
+    cli.check_files(parser, args.results)
     runs = [run for run in read_runs(args.results)[0] if run["metrics"].get("quality_seconds")] if args.results else []
     if not runs:
         parser.error(f"no run with --log-quality in {', '.join(args.results) or '*/results/quality.jsonl'}; make some first")

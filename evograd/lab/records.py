@@ -23,6 +23,8 @@ import torch
 
 from ..measuring import Cost
 
+# What tells data of one name apart, and pretrained encoders of one name.
+FINGERPRINTS = ("fingerprint", "encoder_fingerprint")
 FIELDS = ("experiment", "config", "metrics", "cost", "environment")
 
 
@@ -183,17 +185,17 @@ def settings_key(config: dict, without: Iterable[str] = ()) -> str:
 def by_configuration(runs: Iterable[dict], across: Iterable[str] = ("seed",)) -> list[list[dict]]:
     """Runs that differ in nothing but the settings `across`, together.
 
-    The fingerprint of the data tells two groups apart where both are known; older records have none, and stand with the first.
+    A fingerprint tells two groups apart where both have one; older records have none, and stand with the first.
     """
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        groups.setdefault(settings_key(run["config"], (*across, "fingerprint")), []).append(run)
+        groups.setdefault(settings_key(run["config"], (*across, *FINGERPRINTS)), []).append(run)
     result: list[list[dict]] = []
     for group in groups.values():
-        known = list(dict.fromkeys(run["config"]["fingerprint"] for run in group if run["config"].get("fingerprint")))
-        parts: dict[str | None, list[dict]] = {}
+        first = {name: next(filter(None, (run["config"].get(name) for run in group)), None) for name in FINGERPRINTS}
+        parts: dict[tuple[str | None, ...], list[dict]] = {}
         for run in group:
-            parts.setdefault(run["config"].get("fingerprint") or (known[0] if known else None), []).append(run)
+            parts.setdefault(tuple(run["config"].get(name) or first[name] for name in FINGERPRINTS), []).append(run)
         result += parts.values()
     return result
 

@@ -10,7 +10,6 @@ the files <experiment>_*.png beside the result files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
+from . import cli
 from .page import to_html
 from .records import read_runs, write_text
 from .tables import build_tables, safe_name, update_markdown
@@ -59,7 +59,7 @@ def _kinds(spec: dict) -> set[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__)
     parser.add_argument("results", nargs="*", help="result files; default: <experiment>/results/*.jsonl")
     parser.add_argument(
         "--tables", default="resources/paper_tables.json", help="what the tables hold, and the published numbers"
@@ -70,9 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     default = sorted(set(glob("*/results/*.jsonl")) - set(glob("report/results/*.jsonl")))
     # Of a file that is named twice the last place counts, as of equal runs the last does.
     files = list({Path(name).resolve(): name for name in reversed(args.results or default)}.values())[::-1]
-    missing = [name for name in [*files, args.tables, *args.readme] if not Path(name).is_file()]
-    if missing:
-        parser.error(f"no such file: {', '.join(missing)}")
+    cli.check_files(parser, [*files, args.tables, *args.readme])
     if not files:
         parser.error("no result files: run an experiment first, or name the files")
 

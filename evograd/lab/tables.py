@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .methods import ESTIMATORS
-from .records import by_configuration, mean_std
+from .records import FINGERPRINTS, by_configuration, mean_std
 
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
 NOT_RUN = "not run"
@@ -280,7 +280,7 @@ def differences(configs: Sequence[dict], without: Iterable[str] = ()) -> tuple[l
     Not of the seed, the method, and the settings `without`. Where the method decides on a setting's default, or on whether it
     is read, a configuration is compared with those of its method, and the second dict does not have the setting.
     """
-    names = dict.fromkeys(name for config in configs for name in config if name not in ("seed", "method", "fingerprint", *without))
+    names = dict.fromkeys(name for config in configs for name in config if name not in ("seed", "method", *FINGERPRINTS, *without))
 
     def peers(name: str, config: dict) -> tuple[str, str | None]:
         method = str(config.get("method"))
@@ -349,12 +349,18 @@ def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dic
     result = []
     for group in ordered:
         usual, this = ordered[0][0]["config"], group[0]["config"]
-        same = (*across, "fingerprint")
+        same = (*across, *FINGERPRINTS)
         different = [k for k in {**usual, **this} if k not in same and usual.get(k) != this.get(k)]
         if group is not ordered[0] and not different:
-            different = ["fingerprint"]
-        result.append(("".join(f", {k} {_text(this.get(k))}" for k in different), group))
+            different = [name for name in FINGERPRINTS if _known(group, name) != _known(ordered[0], name)]
+        values = {k: _known(group, k) if k in FINGERPRINTS else this.get(k) for k in different}
+        result.append(("".join(f", {k} {_text(value)}" for k, value in values.items()), group))
     return result
+
+
+def _known(runs: list[dict], name: str) -> str | None:
+    """A setting that older runs may not have."""
+    return next(filter(None, (run["config"].get(name) for run in runs)), None)
 
 
 def _matches(config: dict, wanted: dict) -> bool:
