@@ -16,7 +16,8 @@ TEST_SEED = 0  # of the episodes that train.py tests on: the same for all method
 def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE, look=lambda: None):
     """Accuracy (%) of each test episode, (n_episodes,) on the CPU. settings: has n_way, n_shot, n_query, image_size.
 
-    Several processes take turns, and each gets all accuracies, those of the first process first. look: called before each.
+    Several processes take turns, and each gets all accuracies, those of the first process first. look: called before each, equally
+    often by all processes.
     """
     episodes = TestEpisodes(images, seed, settings.n_way, settings.n_shot + settings.n_query)
     device = next(model.parameters()).device
@@ -28,6 +29,8 @@ def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE,
         look()
         scores = model(centred(episode.to(device), settings.image_size), settings.n_shot)
         correct.append((scores.argmax(1) == episode_targets(scores)).float().mean())
+    for _ in range(len(own), -(-n_episodes // processes.size)):
+        look()
     correct = torch.stack(correct).cpu() if correct else torch.empty(0)  # fewer episodes than processes
     return torch.cat(processes.all(100 * correct))
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import reduce
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
@@ -27,18 +28,26 @@ def directional(function: Callable, primals: dict[str, Tensor], tangents: dict[s
     """(function(primals), its derivative along the tangents), to be differentiated further in reverse mode."""
     # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
     first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
-    with Replacing():
+    replacing = Replacing()
+    looking = Unseen(replacing) if scripted() else None
+    with looking or nullcontext(), replacing:
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
+    if looking and looking.found:
+        raise unseen(*looking.found)
     for node in _nodes(_functions([value, slope])):
         if node._sequence_nr() < first:
             continue  # of a graph from before, to which forward mode had no part
         name, row = _BY_NODE.get(node.name().partition("Backward")[0], (None, None))
         if row and (row.value is None or row.value in (getattr(node, "_saved_training", 0), getattr(node, "_saved_reduce", 0))):
-            raise NotImplementedError(
-                f"mixed_mode cannot take {name} in forward mode where it is called in this way (from TorchScript, say): {row}; "
-                "call it as a function of torch or Tensor in Python, or use noise='guided', which needs no formula"
-            )
+            raise unseen(name, row)
     return value, slope
+
+
+def unseen(name: str, row: Row) -> NotImplementedError:
+    return NotImplementedError(
+        f"mixed_mode cannot take {name} in forward mode where it is called in this way (from TorchScript, say): {row}; "
+        "call it as a function of torch or Tensor in Python, or use noise='guided', which needs no formula"
+    )
 
 
 PLAIN = (
@@ -86,6 +95,7 @@ class Replacing(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.within = []
+        self.depth = 0  # of operations of ROWS
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -102,12 +112,49 @@ class Replacing(TorchFunctionMode):
                 self.within.pop()
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         starts = _functions(tensors)
-        result = row.form(function, *args, **kwargs) if kwargs.get("out") is None and row.when(tensors) else None
-        if result is None:
-            result = function(*args, **kwargs)
+        self.depth += 1
+        try:
+            result = row.form(function, *args, **kwargs) if kwargs.get("out") is None and row.when(tensors) else None
+            if result is None:
+                result = function(*args, **kwargs)
+        finally:
+            self.depth -= 1
         for node in _nodes(_functions(result), starts):
             node.metadata["evograd"] = "right"
         return result
+
+
+class Unseen(TorchDispatchMode):
+    """Finds what gets past `Replacing` and leaves no node in the graph to λ: where λ enters after it, or where it only draws.
+
+    found: name and row of the first. An error that is raised here would lose its words in TorchScript.
+    """
+
+    def __init__(self, replacing: Replacing):
+        super().__init__()
+        self.replacing, self.found = replacing, None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        row = None if self.replacing.depth else WRONG_THEN_TOO.get(name)
+        if row and (row.value is None or row.value in (*args, *(kwargs or {}).values())):
+            self.found = self.found or (name, row)
+        if not self.replacing.depth and str(function) == "aten.bernoulli.p":  # what functorch makes of a dropout's bernoulli_
+            self.found = self.found or ("dropout", _BY_FUNCTION[torch.dropout])
+        return function(*args, **(kwargs or {}))
+
+
+def scripted() -> bool:
+    """Whether this process has TorchScript that `Unseen` may have to look at: to look at everything takes time."""
+    functions = torch.jit._state._python_cu.get_functions()
+    return _may_hide(len(functions)) or bool(torch.jit._recursive.concrete_type_store.type_store)
+
+
+@lru_cache(maxsize=1)
+def _may_hide(n_functions: int) -> bool:
+    functions = torch.jit._state._python_cu.get_functions()
+    names = [f"aten::{name}(" for name in (*WRONG_THEN_TOO, "bernoulli_")] + ["dropout("]
+    return any(name in graph for graph in (str(f.inlined_graph) for f in functions) for name in names)
 
 
 def _body(function: Callable) -> Callable | None:
@@ -520,5 +567,20 @@ _BY_FUNCTION |= {
     for row in ROWS
     for name in row.aten.split()
     if row.wrong is not STATISTICS and hasattr(torch.ops.aten, name)
+}
+# Packets of the dispatcher's, and their overloads.
+_BY_FUNCTION |= {
+    getattr(packet, overload): row
+    for packet, row in list(_BY_FUNCTION.items())
+    if isinstance(packet, torch._ops.OpOverloadPacket)
+    for overload in packet.overloads()
+    if overload != "out"
+}
+# Of those with a node's name the ones whose formula is wrong in forward mode already.
+WRONG_THEN_TOO = {
+    name: row
+    for row in ROWS
+    for name in row.aten.split()
+    if name in ("cholesky_inverse", "cholesky_solve", "logcumsumexp", "scatter_reduce")
 }
 _BY_NODE = {"".join(map(str.capitalize, name.split("_"))): (name, row) for row in ROWS for name in row.aten.split()}

@@ -107,15 +107,22 @@ def load(name: str, data_dir: str, download: bool = False) -> Source:
     return _npz(Path(name))
 
 
-def data_fingerprint(name: str) -> str | None:
-    """What the record of a run says of the content of an npz file: names, sizes and check sums of its arrays, however they are
-    packed. None for embedded data, for CIFAR, which is accepted as published alone, and for a file that cannot be read."""
-    if name in DATASETS:
+def data_fingerprint(name: str, data_dir: str) -> str | None:
+    """What the record of a run says of the content of its files: names, sizes and check sums of an npz file's arrays, however they
+    are packed; pixels and labels of CIFAR in other files than those published. None for embedded and for published data, and for
+    what cannot be read."""
+    if name == "digits":
         return None
     try:
+        if name in DATASETS:
+            kind = _cifar_kind(name)
+            if _published(kind, Path(data_dir) / kind.base_folder):
+                return None
+            source = load(name, data_dir)
+            return fingerprint(*(t.numpy().tobytes() for t in (source.x_train, source.y_train, source.x_test, source.y_test)))
         with zipfile.ZipFile(name) as file:
             return fingerprint(*(f"{part.filename} {part.file_size} {part.CRC}" for part in file.infolist()))
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, zipfile.BadZipFile):
         return None  # `load` says why
 
 
@@ -283,30 +290,75 @@ def _digits() -> Source:
 
 
 def _cifar(name: str, data_dir: str, download: bool) -> Source:
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    kind = _cifar_kind(name)
     folder = Path(data_dir) / kind.base_folder
     if download and not folder.exists():
         _download_cifar(kind, Path(data_dir))
-    try:
-        parts = [kind(data_dir, train=train) for train in (True, False)]  # it compares the files' md5 sums
-    except RuntimeError as error:
-        if folder.exists():
-            raise ValueError(
-                f"{folder} is broken: not all files of {name} are there as they are published. "
-                "Delete or rename it and run again with --download"
-            ) from error
+    if not folder.exists():
         raise FileNotFoundError(
             f"no {name} under {data_dir}: {folder} is missing. "
             "Name the folder with --data-dir, or add --download to fetch it into that folder"
+        )
+    try:
+        parts = [[_cifar_entry(folder / file) for file, _ in files] for files in (kind.train_list, kind.test_list)]
+        images = [torch.from_numpy(np.concatenate([entry["data"] for entry in part])) for part in parts]
+        images = [pixels.reshape(-1, 3, 32, 32) for pixels in images]
+        key = {"cifar10": "labels", "cifar100": "fine_labels"}[name]
+        labels = [torch.tensor([int(label) for entry in part for label in entry[key]]) for part in parts]
+        if not _published(kind, folder):
+            _check_cifar(images, labels, int(name.removeprefix("cifar")))
+        superclasses = None
+        if name == "cifar100":  # of each class, as the labels of its own file pair them
+            coarse = torch.tensor([int(label) for label in parts[0][0]["coarse_labels"]])
+            superclasses = torch.zeros(int(labels[0].max()) + 1, dtype=torch.int64).scatter_(0, labels[0], coarse)
+    except Exception as error:  # whatever unpickling and arrays of something else raise
+        raise ValueError(
+            f"{folder} is broken: {str(error) or type(error).__name__}. Delete or rename it and run again with --download"
         ) from error
-    images = [torch.tensor(part.data).permute(0, 3, 1, 2) for part in parts]
-    labels = [torch.tensor(part.targets) for part in parts]
-    superclasses = None
-    if name == "cifar100":
-        superclasses = _superclasses(Path(data_dir) / kind.base_folder / "train")
     return Source(images[0], labels[0], images[1], labels[1], superclasses=superclasses, mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+def _cifar_kind(name: str) -> type:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    return {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+
+
+def _published(kind: type, folder: Path) -> bool:
+    """Whether the files are those that were published, by their md5 sums. Others may hold the same, written by another program."""
+    from torchvision.datasets import cifar
+
+    return all(cifar.check_integrity(folder / file, md5) for file, md5 in kind.train_list + kind.test_list)
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads what numpy arrays, lists and strings are made of, and runs nothing else that a file asks for."""
+
+    def find_class(self, module: str, name: str):
+        if (module.split(".")[0], name) in ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+
+
+ALLOWED = {("numpy", name) for name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")} | {("_codecs", "encode")}
+
+
+def _cifar_entry(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            entry = _Arrays(file, encoding="latin1").load()
+        return {key.decode() if isinstance(key, bytes) else key: value for key, value in entry.items()}
+    except Exception as error:
+        raise ValueError(f"{path.name}: {str(error) or type(error).__name__}") from error
+
+
+def _check_cifar(images: list[Tensor], labels: list[Tensor], n_classes: int) -> None:
+    """ValueError unless there are 50,000 and 10,000 images, as many of each class."""
+    for part, x, y, n in zip(("training", "test"), images, labels, (50_000, 10_000)):
+        if x.dtype != torch.uint8 or x.shape != (n, 3, 32, 32):
+            raise ValueError(f"the {part} images are {tuple(x.shape)}, {x.dtype}, not ({n}, 3, 32, 32) of uint8")
+        if len(y) != n or y.min() < 0 or not torch.equal(y.bincount(), torch.full((n_classes,), n // n_classes)):
+            raise ValueError(f"the {part} labels are not {n // n_classes} of each of {n_classes} classes")
 
 
 def _download_cifar(kind: type, root: Path) -> None:
@@ -318,14 +370,6 @@ def _download_cifar(kind: type, root: Path) -> None:
         except RuntimeError as error:  # a wrong md5 sum; what cannot be reached is an OSError
             raise OSError(f"{kind.__name__} could not be fetched into {root}: {error}") from error
         os.replace(Path(temporary) / kind.base_folder, root / kind.base_folder)
-
-
-def _superclasses(path: Path) -> Tensor:
-    """(100,): the superclass of each class, as the labels of CIFAR-100's own file pair them."""
-    with open(path, "rb") as file:
-        entry = pickle.load(file, encoding="latin1")  # its md5 sum was checked by torchvision
-    fine, coarse = torch.tensor(entry["fine_labels"]), torch.tensor(entry["coarse_labels"])
-    return torch.zeros(int(fine.max()) + 1, dtype=torch.int64).scatter_(0, fine, coarse)
 
 
 def _npz(path: Path) -> Source:

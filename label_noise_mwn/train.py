@@ -303,7 +303,7 @@ def main(argv=None):
 
 def run(args, processes):
     with cli.exit_on_bad_input():
-        config = {**cli.config_of(args), "data": data_name(args), "fingerprint": data_fingerprint(args.data)}
+        config = {**cli.config_of(args), "data": data_name(args), "fingerprint": data_fingerprint(args.data, args.data_dir)}
         keeper = Keeper(args, "label_noise_mwn", config, processes)
         found = keeper.start()
         if found is None:

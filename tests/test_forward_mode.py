@@ -330,6 +330,53 @@ def test_what_gets_past_python_is_refused_where_it_would_be_wrong(between, name,
             difference(classification(x, y, place), Applied(between), x)
 
 
+class Hidden(nn.Module):
+    """An operation that Python does not see when this is scripted."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, h):
+        square = h.t() @ h + torch.eye(8)
+        if self.name == "cholesky_inverse":
+            return h + torch.cholesky_inverse(torch.linalg.cholesky(square))[:6]
+        if self.name == "cholesky_solve":
+            return torch.cholesky_solve(h.t(), torch.linalg.cholesky(square)).t()
+        if self.name == "logcumsumexp":
+            return torch.logcumsumexp(h, 1)
+        if self.name == "scatter_reduce":
+            return h + torch.scatter_reduce(h, 0, torch.zeros([6, 8], dtype=torch.int64), h + 2, "prod")
+        if self.name == "dropout":
+            return F.dropout(h.t(), 0.5, True).t()
+        return F.alpha_dropout(h.t(), 0.5, True).t()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("name", ["cholesky_inverse", "cholesky_solve", "logcumsumexp", "scatter_reduce", "dropout", "alpha_dropout"])
+def test_what_leaves_no_node_is_refused_too(name, place, float64):
+    """In TorchScript with λ after it alone; and dropout, which draws in another order than in the pass before."""
+    x, y = torch.randn(6, 5), torch.randint(3, (6,))
+    assert difference(classification(x, y, place), Applied(Hidden(name)), x) < 1e-10
+    words = "dropout" if "dropout" in name else name
+    with pytest.raises(NotImplementedError, match=f"cannot take {words} in forward mode.*TorchScript.*noise='guided'"):
+        difference(classification(x, y, place), Applied(torch.jit.script(Hidden(name))), x)
+    assert difference(classification(x, y, place), Applied(Hidden(name)), x) < 1e-10  # also while it is looked
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("name", ["cholesky_inverse", "logcumsumexp"])
+def test_operations_of_the_dispatcher_are_right(name, place, float64):
+    square = lambda h: torch.linalg.cholesky(h.T @ h + torch.eye(8))
+    between = {
+        "cholesky_inverse": lambda h: h + torch.ops.aten.cholesky_inverse.default(square(h))[:6],
+        "logcumsumexp": lambda h: torch.ops.aten.logcumsumexp.default(h, 1),
+    }
+    x, y = torch.randn(6, 5), torch.randint(3, (6,))
+    assert difference(classification(x, y, place), Applied(between[name]), x) < 1e-10
+
+
 def test_a_compiled_network_is_right(float64):
     """Which has no double backward: against the same network, not compiled."""
     x, y, lam = torch.randn(6, 5), torch.randint(3, (6,)), torch.rand(6, requires_grad=True)

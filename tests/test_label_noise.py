@@ -161,6 +161,59 @@ def test_cifar_is_read_from_torchvision(tmp_path, monkeypatch):
     assert source.mean == data.CIFAR_MEAN
 
 
+def write_cifar10(root, protocol=2, as_bytes=False, change=lambda entries: None):
+    """CIFAR-10's files as another program writes them, each image of one colour."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    entries = {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        labels = np.arange(10_000) % 10
+        entries[name] = {"data": np.repeat(labels[:, None].astype(np.uint8) * 20, 3072, 1), "labels": labels.tolist()}
+    change(entries)
+    for name, entry in entries.items():
+        entry = {key.encode() if as_bytes else key: value for key, value in entry.items()}
+        (folder / name).write_bytes(pickle.dumps(entry, protocol=protocol))
+    return str(root)
+
+
+@pytest.mark.parametrize("settings", [{"protocol": 2}, {"protocol": 5, "as_bytes": True}])
+def test_cifar_that_another_program_has_packed_counts_by_what_it_holds(settings, tmp_path):
+    source = load("cifar10", write_cifar10(tmp_path, **settings))
+    assert source.x_train.shape == (50_000, 3, 32, 32) and source.x_test.shape == (10_000, 3, 32, 32)
+    assert torch.equal(source.x_train[:, 2, 5, 7], (source.y_train * 20).to(torch.uint8)) and source.mean == data.CIFAR_MEAN
+
+
+def test_other_pixels_of_cifar_are_another_run(tmp_path, monkeypatch):
+    def other(entries):
+        entries["test_batch"]["data"][0, 0] += 1
+
+    a, b, c = (write_cifar10(tmp_path / n, p, change=f) for n, p, f in (("a", 2, len), ("b", 4, len), ("c", 2, other)))
+    a, b, c = (data.data_fingerprint("cifar10", root) for root in (a, b, c))
+    assert a == b != c and a and c
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    assert data.data_fingerprint("cifar10", str(tmp_path / "c")) is None  # as published
+
+
+class Asks:
+    def __reduce__(self):
+        return print, ("run by the file",)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e.pop("data_batch_3"), "data_batch_3"),
+        (lambda e: e["test_batch"].update(labels=[0] * 10_000), "the test labels are not 1000 of each of 10 classes"),
+        (lambda e: e["data_batch_1"].update(data=np.zeros((9, 3072), np.uint8)), "the training images are .40009, 3, 32, 32"),
+        (lambda e: e["data_batch_2"].update(data=Asks()), "data_batch_2: it asks for .*builtin.*.print, which no array needs"),
+    ],
+)
+def test_cifar_of_something_else_is_named(change, words, tmp_path, capsys):
+    with pytest.raises(ValueError, match=f"cifar-10-batches-py is broken: .*{words}.*Delete or rename it"):
+        load("cifar10", write_cifar10(tmp_path, change=change))
+    assert "run by the file" not in capsys.readouterr().out
+
+
 def test_cifar_is_fetched_beside_and_never_over_what_is_there(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 

@@ -299,6 +299,40 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_they_go_on(tmp
     assert only_line(tmp_path / "stopped")
 
 
+def signalled_while_it_evaluates(rank, experiment, arguments):
+    """The second process gets a signal before it looks for the second time."""
+    look, count = checkpoints.Keeper.look, [0]
+
+    def signalled(keeper):
+        count[0] += 1
+        if (rank, count[0]) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        look(keeper)
+
+    checkpoints.Keeper.look = signalled
+    try:
+        module(experiment).main(arguments)
+    finally:
+        checkpoints.Keeper.look = look
+        assert count[0] == 2
+
+
+@pytest.mark.parametrize("experiment", ["cross_domain_fewshot", "metaxl"])
+def test_a_signal_to_one_process_does_not_wait_for_the_evaluation_of_all(experiment, tmp_path):
+    # three test episodes, of which the second process has one; two batches of sentences to evaluate
+    extra = ["--test-episodes", "3"] if experiment == "cross_domain_fewshot" else ["--dev-size", "40"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    assert [f["code"] for f in run(tmp_path, script, experiment, arguments(experiment, tmp_path / "whole", *extra))] == [0, 0]
+    stopped = arguments(experiment, tmp_path / "stopped", *extra, "--resume")
+    found = run(tmp_path, signalled_while_it_evaluates, experiment, stopped)
+    assert [f["code"] for f in found] == [128 + signal.SIGTERM] * 2, found[0]["err"] + found[1]["err"]
+    assert "stopped by SIGTERM in the evaluation after step" in found[0]["err"] and "stopped by" not in found[1]["err"]
+    assert not (tmp_path / "stopped" / "runs.jsonl").read_text()
+    assert [f["code"] for f in run(tmp_path, script, experiment, stopped)] == [0, 0]
+    assert only_line(tmp_path / "stopped")["metrics"] == only_line(tmp_path / "whole")["metrics"]
+
+
 def fails(rank, step):
     if rank == 1 and step == 3:
         os._exit(7)

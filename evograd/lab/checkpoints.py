@@ -310,6 +310,7 @@ class Keeper:
                 self.step, self.within = self.step + self.within, False
                 if self.saved != self.step:
                     self._save(self.state())
+                self.processes.all(None)  # none ends before the first one has written: torchrun would end it too
         except KeyboardInterrupt:
             pass  # the second Ctrl-C, while that is written
         finally:
@@ -317,6 +318,8 @@ class Keeper:
         if isinstance(error, NotFinite):
             self._not_finite(self.step + 1, str(error))
         if isinstance(error, Interrupted):
+            if self.processes.rank:
+                raise SystemExit(128 + self.signals.received)
             self._stopped(f"in the evaluation after step {self.step}")
         if not self.signals.received or isinstance(error, SystemExit):
             return
@@ -364,8 +367,12 @@ class Keeper:
                 self.board.add_scalar(name, value, self.step + self.within)
 
     def look(self) -> None:
-        """Interrupted if a signal has come. For what is done after a whole step; several processes do that to its end."""
-        if self.signals.received and self.processes.size == 1:
+        """Interrupted if a signal has come, to whichever process. For what is done after a whole step.
+
+        Several processes call it equally often: they leave at the same place.
+        """
+        self.signals.received = self.processes.largest(self.signals.received or 0) or None
+        if self.signals.received:
             raise Interrupted
 
     @contextmanager
