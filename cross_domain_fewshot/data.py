@@ -241,6 +241,7 @@ def look_alikes() -> frozenset[str]:
     return frozenset(found)
 
 
+@lru_cache(maxsize=16)  # of a process that trains and tests again and again, such as the tests; nothing changes what is there
 def draw_glyphs(font: str, split: str, size: int) -> Images:
     """Every character of one split in one font, GLYPH_IMAGES times, each turned, slanted, scaled and moved at random.
 

@@ -1,6 +1,5 @@
 """Long runs: killed and resumed, each experiment ends bit for bit as it would have; and what ends a run says what to do."""
 
-import functools
 import importlib
 import json
 import multiprocessing
@@ -26,12 +25,6 @@ TINY = {
     "metaxl": "--epochs 3 --source-size 48 --target-size 12 --dev-size 10".split(),
 }
 N_STEPS = {"rotation": 14, "label_noise_mwn": 20, "cross_domain_fewshot": 12, "metaxl": 12}
-
-
-@functools.cache
-def load_domain_once(*which):
-    """Glyphs take long to draw."""
-    return importlib.import_module("cross_domain_fewshot.data").load_domain(*which)
 
 
 class Killed(BaseException):
@@ -115,10 +108,8 @@ def kill(trainer):
         ("metaxl", ["--method", "target_only"]),
     ],
 )
-def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, extra, tmp_path, at_step, monkeypatch, capsys):
+def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, extra, tmp_path, at_step, capsys):
     main, draw = module(experiment).main, random.Random(f"{experiment} {extra}")
-    if experiment == "cross_domain_fewshot":
-        monkeypatch.setattr(module(experiment), "load_domain", load_domain_once)
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
 
@@ -330,8 +321,6 @@ def interrupt(monkeypatch, train, name, nth):
 )
 def test_a_signal_does_not_wait_for_an_evaluation(experiment, name, nth, step, tmp_path, at_step, monkeypatch, capsys):
     train = module(experiment)
-    if experiment == "cross_domain_fewshot":
-        monkeypatch.setattr(train, "load_domain", load_domain_once)
     for folder in ("whole", "stopped"):
         (tmp_path / folder).mkdir()
     at_step(experiment, {})

@@ -415,18 +415,22 @@ def test_compiled_model_is_used_in_the_ordinary_step_and_for_candidates(method, 
     used = []
 
     class Compiled:
-        def __init__(self, model):
+        def __init__(self, model, mode):
             self.model = model
+            assert mode == next(modes)
 
         def __call__(self, x):
             used.append(len(x))
             return self.model(x)
 
+    modes = iter((None, "reduce-overhead"))
     monkeypatch.setattr(torch, "compile", Compiled)
     torch.manual_seed(0)
     learner = trainer(method, "--compile")
     learner.step()
     assert len(used) == passes
+    trainer(method, "--compile", "reduce-overhead")
+    assert next(modes, None) is None
     torch.manual_seed(0)
     plain = trainer(method)
     plain.step()

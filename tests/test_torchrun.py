@@ -1,6 +1,7 @@
 """The four training scripts in several processes: the steps of one process, one that writes, an end that all come to."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -23,7 +24,7 @@ from tests.test_metaxl import step as metaxl_step
 from tests.test_metaxl import tagger
 
 CONTEXT = multiprocessing.get_context("forkserver")  # so that torch is imported once for all of them
-CONTEXT.set_forkserver_preload(["tests.test_torchrun", "sklearn.datasets", "torch._dynamo", "higher"])
+CONTEXT.set_forkserver_preload(["tests.test_torchrun", "sklearn.datasets", "torch._dynamo", "higher", "tests.drawn"])
 
 
 def module(experiment):
@@ -52,8 +53,17 @@ def worker(rank, size, port, folder, job, arguments):
     torch.save({"code": code, "result": result, "out": out.getvalue(), "err": err.getvalue()}, f"{folder}/{rank}.pt")
 
 
+@functools.cache
+def server():
+    """Started, with all that it preloads, before a clock runs."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
+
+
 def run(folder, job, *arguments, size=2):
     """What each process returned, printed, and ended with."""
+    server()
     port = free_port()
     processes = [CONTEXT.Process(target=worker, args=(rank, size, port, folder, job, arguments)) for rank in range(size)]
     [p.start() for p in processes]
