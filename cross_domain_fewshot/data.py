@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from evograd.lab import cli
 from evograd.lab.checkpoints import outlive_signals
-from evograd.lab.data import fingerprint, fingerprint_of_images
+from evograd.lab.data import fingerprint, fingerprint_of_images, sent
 
 DATASETS = ("glyphs", "filelists")
 PAPER_DOMAINS = ("miniImagenet", "cub", "cars", "places", "plantae")  # the first one: encoder and auxiliary loss
@@ -330,8 +330,13 @@ def stream(dataset: Dataset, numbers: Sequence[int], n_workers: int, pin: bool) 
 
 def normalize(pixels: Tensor) -> Tensor:
     """Pixels (…, 3, h, w) in [0, 1] -> what the networks take."""
-    mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = _mean_and_std(pixels.dtype, pixels.device)
     return (pixels - mean) / std
+
+
+@lru_cache
+def _mean_and_std(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in (MEAN, STD))
 
 
 def centred(images: Tensor, size: int) -> Tensor:
@@ -346,7 +351,7 @@ def augmented(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     Crops of 8 to 100 % of the area with sides of 3:4 to 4:3, brightness, contrast and saturation by ± 40 %, for each image.
     """
     n = images.shape[:-3].numel()
-    draws = torch.rand(8, n, generator=generator).to(images.device)  # drawn on the host: the same on every device
+    draws = sent(torch.rand(8, n, generator=generator), images.device)  # drawn on the host: the same on every device
     area, ratio = 0.08 + 0.92 * draws[0], ((2 * draws[1] - 1) * np.log(4 / 3)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     x, y = (2 * draws[2] - 1) * (1 - width), (2 * draws[3] - 1) * (1 - height)

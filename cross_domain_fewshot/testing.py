@@ -27,7 +27,7 @@ def score(model, images, settings, n_episodes, seed, n_workers, processes=ALONE,
     loader = stream(episodes, own, n_workers, pin=device.type == "cuda")
     for episode in processes.progress(loader, total=len(own), desc=f"test on {images.domain}", unit="episode"):
         look()
-        scores = model(centred(episode.to(device), settings.image_size), settings.n_shot)
+        scores = model(centred(episode.to(device, non_blocking=True), settings.image_size), settings.n_shot)
         correct.append((scores.argmax(1) == episode_targets(scores)).float().mean())
     for _ in range(len(own), -(-n_episodes // processes.size)):
         look()

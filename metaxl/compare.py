@@ -38,7 +38,8 @@ def random_batch(n, length, n_ids, device):
     """n sentences without padding; every sub-word but the first and the last one carries a label."""
     ids = torch.randint(5, n_ids, (n, length), device=device)
     positions = torch.arange(n * length, device=device).view(n, length)[:, 1:-1].flatten()
-    return Batch(ids, None, positions, torch.randint(N_LABELS, positions.shape, device=device), [length - 2] * n)
+    labels = torch.randint(N_LABELS, positions.shape, device=device)
+    return Batch(ids, None, positions, labels, [length - 2] * n, [length] * n)
 
 
 def step_of(method, make_encoder, length, batch_size, device):

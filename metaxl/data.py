@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evograd.lab.data import fingerprint
+from evograd.lab.data import fingerprint, sent
 from evograd.lab.records import replacing
 
 DATASETS = ("toy", "ner", "sentiment")
@@ -294,9 +294,9 @@ def load(
 class Batch:
     """Sentences as the encoder takes them.
 
-    input_ids: (n, length), int64.  attention_mask: likewise, or None where nothing is padded.
+    input_ids: (n, length), int64.  attention_mask: likewise, bool, or None where nothing is padded.
     positions: (w,), where in the flattened (n · length) the w labelled sub-words are.  labels: (w,), int64.
-    counts: how many of these each sentence has.
+    counts: how many of these each sentence has.  lengths: how many sub-words.
     share: what this part's mean loss is multiplied by, so that the parts of a batch add up to the batch's mean loss.
     """
 
@@ -305,6 +305,7 @@ class Batch:
     positions: Tensor
     labels: Tensor
     counts: list[int]
+    lengths: list[int]
     share: float = 1.0
 
     def split(self, n: int) -> list[Batch]:
@@ -313,10 +314,11 @@ class Batch:
         n = min(n, rows)
         for a, b in ((i * rows // n, (i + 1) * rows // n) for i in range(n)):
             words = slice(sum(self.counts[:a]), sum(self.counts[:b]))
-            mask = None if self.attention_mask is None else self.attention_mask[a:b]
+            mask = None if min(self.lengths[a:b]) == length else self.attention_mask[a:b]
             positions = self.positions[words] - a * length
             share = self.share * len(positions) / max(1, len(self.positions))
-            parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], self.counts[a:b], share))
+            of_each = self.counts[a:b], self.lengths[a:b]
+            parts.append(Batch(self.input_ids[a:b], mask, positions, self.labels[words], *of_each, share))
         return parts
 
 
@@ -369,11 +371,11 @@ class Examples:
 
     def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
         chosen = [self.examples[i] for i in indices]
-        length = max(len(e.ids) for e in chosen)
-        padded = any(len(e.ids) < length for e in chosen)
+        lengths = [len(e.ids) for e in chosen]
+        length = max(lengths)
         ids = torch.tensor([e.ids + [self.pad] * (length - len(e.ids)) for e in chosen])
-        mask = torch.tensor([[1] * len(e.ids) + [0] * (length - len(e.ids)) for e in chosen]) if padded else None
+        mask = torch.arange(length) < torch.tensor(lengths)[:, None] if min(lengths) < length else None
         positions = torch.tensor([row * length + p for row, e in enumerate(chosen) for p in e.positions], dtype=torch.int64)
         labels = torch.tensor([label for e in chosen for label in e.labels], dtype=torch.int64)
-        tensors = (None if t is None else t.to(device, non_blocking=True) for t in (ids, mask, positions, labels))
-        return Batch(*tensors, [len(e.labels) for e in chosen])
+        tensors = (None if t is None else sent(t, device) for t in (ids, mask, positions, labels))
+        return Batch(*tensors, [len(e.labels) for e in chosen], lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from evograd.lab.data import fingerprint, fingerprint_of_file
 from .data import Batch, Sentence
 
 TINY_LENGTH = 128  # sub-words that the tiny encoder takes
+# Encoders whose layers all have one mask, that of the padding, and read it nowhere else.
+ONE_MASK = ("albert", "bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 class RTN(nn.Module):
@@ -86,6 +89,7 @@ class Tagger(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.rtn_layers, self.switch = tuple(sorted(rtn_layers)), Switch()
+        self.square_masks = takes_square_masks(encoder)
         layers = next((m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
         self.last_rtn = None
         for index, number in enumerate(self.rtn_layers):
@@ -118,13 +122,20 @@ class Tagger(nn.Module):
             self.switch.scales = [1.0] if self.alpha is None else list(self.alpha.softmax(0))
             self.switch.held, self.switch.record = held, record
         try:
-            hidden = self.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+            hidden = self.encoder(input_ids=batch.input_ids, attention_mask=self.mask(batch)).last_hidden_state
             x = hidden.flatten(0, 1).index_select(0, batch.positions)
             if transform and self.last_rtn is not None:
                 x = self.switch.pass_rtn(self.last_rtn, -1, x)
         finally:
             self.switch.scales = self.switch.held = self.switch.record = None
         return self.dropout(x)
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """The attention mask as the encoder takes it; at one of two dimensions it looks from the host whether anything is hidden."""
+        mask = batch.attention_mask
+        if mask is None or not self.square_masks:
+            return None if mask is None else mask.long()
+        return mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
 
     def cached_features(self, batch: Batch, transform: bool = False) -> Tensor:
         """The same, without a graph to θ: from the first RTN on there is one to λ, and no other."""
@@ -155,6 +166,14 @@ class Tagger(nn.Module):
             yield
         finally:
             getattr(self.encoder, f"{name}_disable")()
+
+
+def takes_square_masks(encoder: nn.Module) -> bool:
+    """Whether it hands a boolean mask (n, 1, length, length) on to attention as it is: the numbers of the mask (n, length)."""
+    config, module = encoder.config, sys.modules[type(encoder).__module__]
+    one_mask = getattr(config, "model_type", None) in ONE_MASK and not getattr(config, "is_decoder", False)
+    # From transformers 5 on; and eager attention would add its mask.
+    return one_mask and hasattr(module, "create_bidirectional_mask") and config._attn_implementation == "sdpa"
 
 
 def encoder_name(encoder: str) -> str:

@@ -394,7 +394,8 @@ def gates(model, examples, device):
     model.train()
     for hook in hooks:
         hook.remove()
-    return {str(layer): torch.cat(values).mean().item() for layer, values in zip(model.rtn_layers, means)}
+    means = torch.stack([torch.cat(values).mean() for values in means]).tolist()
+    return {str(layer): mean for layer, mean in zip(model.rtn_layers, means)}
 
 
 def prepare(args):

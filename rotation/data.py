@@ -51,14 +51,13 @@ class Split:
         return len(self.labels)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [0, 1] and labels."""
-        index = index.to(self.labels.device)
+        """Pixels in [0, 1] and labels. index: on the same device."""
         return self.images[index].float() / 255, self.labels[index]
 
 
 def rotate(images: Tensor, angle: Tensor | float) -> Tensor:
     """Turn images (n, 1, h, w) by `angle` radians about their centre, differentiably; what comes in from outside is 0."""
-    angle = torch.as_tensor(angle, dtype=images.dtype, device=images.device)
+    angle = angle.to(images) if isinstance(angle, Tensor) else images.new_full((), angle)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     matrix = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])
     grid = F.affine_grid(matrix.expand(len(images), 2, 3), images.shape, align_corners=False)

@@ -126,7 +126,7 @@ class Trainer:
 
 def rotated(split, angle):
     """(normalised images turned by `angle` radians, labels) of a whole split."""
-    x, y = split.batch(torch.arange(len(split)))
+    x, y = split.batch(torch.arange(len(split), device=split.labels.device))
     return normalize(rotate(x, angle) if angle else x), y
 
 

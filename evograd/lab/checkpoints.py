@@ -437,6 +437,11 @@ class Keeper:
 
     def _look_for_nan(self, state: dict) -> None:
         tensors = [(path, t) for path, t in tree_flatten_with_path(state)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        finite: dict[torch.device, list[Tensor]] = {}
+        for _, tensor in tensors:
+            finite.setdefault(tensor.device, []).append(tensor.isfinite().all())
+        if all(torch.stack(found).all() for found in finite.values()):  # read once from each device
+            return
         for path, tensor in tensors:
             if not tensor.isfinite().all():
                 name = ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path)

@@ -1,5 +1,5 @@
-"""The order in which a run sees its data, drawn from a generator of its own, so that every method sees the same batches; and a
-fingerprint of the data, for the record."""
+"""The order in which a run sees its data, drawn from a generator of its own, so that every method sees the same batches; how it
+comes to the device; and a fingerprint of the data, for the record."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def fingerprint_of_images(names: Iterable[str], labels: Iterable[int], n_read: i
     files = [Path(name) for name in names]
     listed = "\n".join(f"{'/'.join(file.parts[-2:])} {label} {file.stat().st_size}" for file, label in zip(files, labels))
     return fingerprint(listed, *(file.read_bytes() for file in files[:: max(1, len(files) // n_read)]))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The host's tensor on that device. To CUDA from pinned memory: the host does not wait until it is there."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class batches:
