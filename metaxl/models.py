@@ -131,7 +131,7 @@ class Tagger(nn.Module):
         return self.dropout(x)
 
     def mask(self, batch: Batch) -> Tensor | None:
-        """The attention mask as the encoder takes it; at one of two dimensions it looks from the host whether anything is hidden."""
+        """The attention mask as the encoder takes it. One of two dimensions it reads from the host: does it hide anything?"""
         mask = batch.attention_mask
         if mask is None or not self.square_masks:
             return None if mask is None else mask.long()

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 import evograd
 from evograd.comparison import agreement
 from evograd.lab.methods import MAIN
 from metaxl import compare, data, plot, train
 from metaxl.data import Batch, Examples, Sentence, toy_language
-from metaxl.models import RTN, Tagger, encoder_fingerprint, load_encoder, longest, tiny_encoder
+from metaxl.models import ONE_MASK, RTN, Tagger, encoder_fingerprint, load_encoder, longest, tiny_encoder
 from tests.test_scripts import shell
 
 LABELS = ["O", "B-LOC", "I-LOC", "B-ORG", "I-ORG", "B-PER", "I-PER"]
@@ -313,6 +313,30 @@ def test_a_batch_is_padded_and_split_without_change():
         torch.testing.assert_close(torch.cat([model(part) for part in parts]), whole)
         assert torch.equal(torch.cat([part.labels for part in parts]), b.labels)
     assert batch(2, lengths=(6,)).attention_mask is None
+
+
+def test_a_part_without_padding_has_no_mask():
+    b = batch(4)
+    assert [part.attention_mask is None for part in b.split(4)] == [length == 9 for length in (7, 9, 5, 9)]
+
+
+@pytest.mark.parametrize("kind", ONE_MASK)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_masks_as_attention_takes_them_give_the_numbers_of_those_that_the_encoder_makes(kind, attention):
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    if kind == "distilbert":
+        sizes = dict(dim=32, n_layers=2, n_heads=2, hidden_dim=64)
+    config = AutoConfig.for_model(kind, vocab_size=50, max_position_embeddings=40, pad_token_id=1, **sizes)
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(config, attn_implementation=attention).eval()
+    model = Tagger(encoder, len(LABELS)).eval()
+    lengths = torch.tensor([30, 12, 5])
+    mask, ids = torch.arange(30) < lengths[:, None], torch.randint(2, 50, (3, 30))
+    b = Batch(ids, mask, torch.arange(30), torch.zeros(30, dtype=torch.int64), [30, 0, 0], lengths.tolist())
+    assert model.square_masks == (attention == "sdpa")
+    found = encoder(input_ids=ids, attention_mask=model.mask(b)).last_hidden_state
+    assert torch.equal(found, encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state)
+    assert not torch.equal(found, encoder(input_ids=ids).last_hidden_state)
 
 
 def test_words_that_are_cut_off_count_as_o():
