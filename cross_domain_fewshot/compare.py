@@ -3,35 +3,34 @@
     python -m cross_domain_fewshot.compare [--json FILE]                 the paper's size; on a CPU it takes long
     python -m cross_domain_fewshot.compare --fake                        the same without time, on any machine, in a minute
     python -m cross_domain_fewshot.compare --image-size 84 --repeats 3   a size at which a small CPU can take the time
+    python -m cross_domain_fewshot.compare --paper-cost --n-shot 1       a case of the paper's cost figures, see evograd/lab/costs.py
 
 A step is the model's update and that of γ and β: RelationNet, 5-way 5-shot, 16 queries, auxiliary batch 16, random pixels.
 "plain" is the model's update alone, with fixed transformations. On a CUDA device the peak is the allocator's; elsewhere
 peak and FLOPs are counted on tensors that have shapes and no values (FakeTensorMode): the same numbers as of real ones.
-Also printed: the peak of larger backbones in GB, counted that way, beside the 12 GB of the paper's cards. Deeper ones, more
-candidates and what fits into which card: scale.py.
+Deeper backbones, more candidates and what fits into which card: scale.py.
 """
 
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd.lab import cli
+from evograd.lab import cli, costs
+from evograd.lab.costs import counted
 from evograd.lab.records import seed_everything
-from evograd.measuring import Cost, compare_made, counts, seconds
+from evograd.measuring import compare_made, seconds
 
 from .models import RESNETS
 from .train import Trainer, parse_args
 
 N_CLASSES = 64  # miniImagenet's base classes
 PLAIN = "fixed"
-PRINTED = ("resnet10", "resnet18", "resnet34", "resnet50")  # of the table of peaks
 
 
-def make_step(method, backbone, image_size, device):
+def make_step(method, backbone, image_size, device, n_shot=5):
     """One step of a method on a batch of random pixels, a function of further settings of the estimator, if any."""
-    arguments = ["--method", method, "--data", "filelists", "--held-out", "cub", "--n-shot", "5"]
+    arguments = ["--method", method, "--data", "filelists", "--held-out", "cub", "--n-shot", str(n_shot)]
     arguments += ["--backbone", backbone, "--image-size", str(image_size), "--device", str(device)]
     args = parse_args(arguments)
     trainer = Trainer(args, N_CLASSES)
@@ -47,43 +46,36 @@ def make_step(method, backbone, image_size, device):
     return step
 
 
-def counted(method, backbone, image_size):
-    """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        step = make_step(method, backbone, image_size, torch.device("cpu"))
-        return Cost(None, *counts(step))
+def makers(args, device):
+    """{method: function that makes its step on that device}"""
+    make = lambda method: make_step(method, args.backbone, args.image_size, device, args.n_shot)
+    return {"plain" if m == PLAIN else m: partial(make, m) for m in (PLAIN, *args.methods)}
 
 
 def main(argv=None):
     parser = cli.comparison_parser(__doc__)
     parser.set_defaults(repeats=2)
-    parser.add_argument("--backbone", choices=tuple(RESNETS), default="resnet10", help="of the comparison of methods")
+    parser.add_argument("--backbone", choices=tuple(RESNETS), default="resnet10", help="of the encoder")
+    parser.add_argument("--n-shot", type=cli.at_least(1), default=5, help="support images of each class")
     parser.add_argument("--image-size", type=cli.at_least(32), default=224, help="pixels")
     parser.add_argument("--fake", action="store_true", help="take no time: count FLOPs and bytes only")
+    costs.add_argument(parser)
     args = parser.parse_args(argv)
+    costs.check_argument(parser, args)
     seed_everything(1)
-    methods = [PLAIN, *args.methods]
+    config = {"backbone": args.backbone, "head": "relationnet", "image_size": args.image_size, "n_shot": args.n_shot}
+    if args.paper_cost:
+        costs.record_case(args, "cross_domain_fewshot", config, partial(makers, args))
+        return
+    to_make = makers(args, args.device)
     if args.device.type == "cuda" and not args.fake:
-        makers = {method: partial(make_step, method, args.backbone, args.image_size, args.device) for method in methods}
-        costs = compare_made(makers, args.device, args.repeats)
+        found = compare_made(to_make, args.device, args.repeats)
     else:
-        costs = {method: counted(method, args.backbone, args.image_size) for method in methods}
+        found = {name: counted(make) for name, make in makers(args, torch.device("cpu")).items()}
     if args.device.type == "cpu" and not args.fake:
-        steps = {method: make_step(method, args.backbone, args.image_size, args.device) for method in methods}
-        times = seconds(steps, args.repeats, warmup=1)
-        costs = {method: replace(cost, seconds=times[method]) for method, cost in costs.items()}
-    costs = {"plain" if method == PLAIN else method: cost for method, cost in costs.items()}
-
-    gigabytes = {}
-    for backbone in PRINTED:
-        of_methods = {"plain": PLAIN, "evograd": "evograd", "second_order": "second_order"}
-        peaks = {name: counted(m, backbone, args.image_size).peak_bytes / 1e9 for name, m in of_methods.items()}
-        gigabytes[backbone] = peaks
-    config = {"backbone": args.backbone, "head": "relationnet", "image_size": args.image_size, "n_shot": 5, "fake": args.fake}
-    cli.finish_comparison(args, "cross_domain_fewshot", config, costs, {"peak_gigabytes": gigabytes})
-    print(f"\n{'peak (GB)':16}" + "".join(f"{name:>14}" for name in of_methods) + "     the paper's cards have 12")
-    for backbone, peaks in gigabytes.items():
-        print(f"{backbone:16}" + "".join(f"{peak:14.2f}" for peak in peaks.values()))
+        times = seconds({name: make() for name, make in to_make.items()}, args.repeats, warmup=1)
+        found = {name: replace(cost, seconds=times[name]) for name, cost in found.items()}
+    cli.finish_comparison(args, "cross_domain_fewshot", {**config, "fake": args.fake}, found)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from evograd.lab import cli
+from evograd.lab.costs import counted
 from evograd.lab.records import append_run, seed_everything
 from evograd.measuring import peak_bytes
 
-from .compare import PLAIN, counted, make_step
+from .compare import PLAIN, make_step
 from .models import RESNETS
 
 METHODS = {"plain": PLAIN, **{m: m for m in ("evograd", "evograd_guided", "mixed_mode", "second_order")}}
@@ -36,7 +37,7 @@ def over_backbones(backbones, image_size):
         progress.set_description(backbone)
         result[backbone] = {}
         for name, method in METHODS.items():
-            cost = counted(method, backbone, image_size)
+            cost = counted(partial(make_step, method, backbone, image_size, torch.device("cpu")))
             result[backbone][name] = {"peak_bytes": cost.peak_bytes, "flops": cost.flops}
     return result
 

@@ -1,8 +1,9 @@
 """What one step of each method costs at the paper's size, measured side by side: time, FLOPs, peak bytes.
 
-    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--width 1] [--batch-size 100] [--channels-last]
+    python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--width 1] [--n-classes 10] [--channels-last]
     python -m label_noise_mwn.compare --fake --model wrn28_10       without time, on any machine: FLOPs and bytes are counted
                                                                     on tensors that have shapes and no values (FakeTensorMode)
+    python -m label_noise_mwn.compare --paper-cost --width 5        a case of the paper's cost figures, see evograd/lab/costs.py
     python -m label_noise_mwn.compare --variants                    what channels last, torch.compile, CUDA graphs and autocast save
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd.lab import cli
+from evograd.lab import cli, costs
 from evograd.lab.records import append_run, seed_everything
 from evograd.measuring import compare_made, seconds
 
@@ -30,6 +31,20 @@ def random_source(n, n_classes=10, size=32):
     return Source(images, labels, images[:n_classes], labels[:n_classes], mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
+def random_task(args, device):
+    """A batch of noisy images of it, a batch of clean ones, and one image of each class to validate."""
+    n_meta = -(-args.batch_size // args.n_classes) * args.n_classes
+    source = random_source(args.batch_size + n_meta + args.n_classes, args.n_classes)
+    return make_task(source, "flip2", 0.4, n_meta, args.n_classes, None, 1, device)
+
+
+def makers(args, settings, device):
+    """{method: function that makes its step on that device}"""
+    task = random_task(args, device)  # outside of any fake mode
+    make = lambda method: Trainer(parse_args([*settings, "--device", str(device), "--method", method]), task).step
+    return {"plain" if m == "cross_entropy" else m: partial(make, m) for m in ("cross_entropy", *args.methods)}
+
+
 VARIANTS = {
     "contiguous": [],
     "channels_last": ["--channels-last"],
@@ -40,13 +55,13 @@ VARIANTS = {
 }
 
 
-def variants(args, common, task):
+def variants(args, settings):
     """How many times faster each method's step is with each variant than without; all take turns."""
-    steps = {}
+    steps, task = {}, random_task(args, args.device)
     chosen = {name: flags for name, flags in VARIANTS.items() if name != "cuda_graphs" or args.device.type == "cuda"}
     for method in ("cross_entropy", *args.methods):
         for variant, flags in chosen.items():
-            trainer = Trainer(parse_args([*common, *flags, "--method", method]), task)
+            trainer = Trainer(parse_args([*settings, *flags, "--device", str(args.device), "--method", method]), task)
             steps["plain" if method == "cross_entropy" else method, variant] = trainer.step
     times = seconds(steps, args.repeats, warmup=3)
     faster = {variant: {} for variant in chosen}
@@ -61,30 +76,35 @@ def main(argv=None):
     parser = cli.comparison_parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="resnet32")
     parser.add_argument("--width", type=cli.at_least(1), default=1, metavar="N", help="N times the model's channels")
+    parser.add_argument("--n-classes", type=cli.at_least(3), default=10, metavar="N", help="of the images: CIFAR-10's or 100")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=100, help="of noisy and of meta images")
     parser.add_argument("--channels-last", action="store_true", help="memory format of images and model")
     parser.add_argument("--fake", action="store_true", help="take no time: count FLOPs and bytes only")
     parser.add_argument("--variants", action="store_true", help="of every step: what memory format, compiler and autocast save")
+    costs.add_argument(parser)
     args = parser.parse_args(argv)
     if args.variants and (args.fake or args.channels_last or args.json):
-        parser.error("--variants goes with --model, --width, --batch-size, --methods, --repeats and --out alone")
+        parser.error("--variants goes with --model, --width, --n-classes, --batch-size, --methods, --repeats and --out alone")
+    costs.check_argument(parser, args)
     seed_everything(1)
-    n_meta = -(-args.batch_size // 10) * 10
-    task = make_task(random_source(args.batch_size + n_meta + 10), "flip2", 0.4, n_meta, 10, None, 1, args.device)
-    common = ["--data", "cifar10", "--device", str(args.device), "--model", args.model, "--width", str(args.width)]
-    common += ["--batch-size", str(args.batch_size)]
-    config = {"model": args.model, "width": args.width if args.width > 1 else None, "batch_size": args.batch_size}
+    settings = ["--data", "cifar10", "--model", args.model, "--width", str(args.width), "--batch-size", str(args.batch_size)]
+    late = {"width": (args.width, 1), "n_classes": (args.n_classes, 10)}  # older records do not have them
+    config = {"model": args.model, **{name: value for name, (value, usual) in late.items() if value != usual}}
+    config["batch_size"] = args.batch_size
     if args.variants:
-        faster = variants(args, common, task)
+        faster = variants(args, settings)
         if args.out:
             append_run(args.out, "label_noise_mwn_variants", config, faster, {}, args.device)
         return
-    common += ["--channels-last"] * args.channels_last
+    settings += ["--channels-last"] * args.channels_last
+    config["channels_last"] = args.channels_last
+    if args.paper_cost:
+        costs.record_case(args, "label_noise_mwn", config, partial(makers, args, settings))
+        return
+    to_make = makers(args, settings, args.device)
     with FakeTensorMode(allow_non_fake_inputs=True) if args.fake else nullcontext():
-        make = lambda method: Trainer(parse_args([*common, "--method", method]), task).step
-        makers = {"plain" if m == "cross_entropy" else m: partial(make, m) for m in ("cross_entropy", *args.methods)}
-        costs = compare_made(makers, args.device, args.repeats)
-    cli.finish_comparison(args, "label_noise_mwn", {**config, "channels_last": args.channels_last}, costs)
+        found = compare_made(to_make, args.device, args.repeats)
+    cli.finish_comparison(args, "label_noise_mwn", config, found)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
     python -m metaxl.compare --encoder FOLDER                   an encoder on disk for real
     python -m metaxl.compare --architectures base --length 48 200
     python -m metaxl.compare --fake                             the architectures alone: nothing is timed
+    python -m metaxl.compare --paper-cost --architectures base --length 200     a case of the paper's cost figures, see
+                                                                                evograd/lab/costs.py
 
 A step is the tagger's update and the RTN's, on 12 source and 12 target sentences of --length sub-words (measured for real: the
 shortest length given), each of them a word; "plain" is joint training's update on the same 24 sentences. Architectures are
@@ -17,7 +19,7 @@ from functools import partial
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from evograd.lab import cli
+from evograd.lab import cli, costs
 from evograd.lab.methods import MAIN
 from evograd.lab.records import append_run, seed_everything
 from evograd.measuring import by_architecture, compare_made
@@ -58,11 +60,10 @@ def step_of(method, make_encoder, length, batch_size, device):
     return partial(trainer.step, step)
 
 
-def costs_of(methods, make_encoder, length, batch_size, device, repeats=10):
-    """{method: cost of its step}, and of joint training's as "plain"."""
+def makers(methods, make_encoder, length, batch_size, device):
+    """{method: function that makes its step}, with joint training's as "plain"."""
     make = lambda method: step_of(method, make_encoder, length, batch_size, device)
-    makers = {"plain" if m == "joint_training" else m: partial(make, m) for m in ("joint_training", *methods)}
-    return compare_made(makers, device, repeats)
+    return {"plain" if m == "joint_training" else m: partial(make, m) for m in ("joint_training", *methods)}
 
 
 def xlm_r(size):
@@ -76,7 +77,8 @@ def xlm_r(size):
 def architecture_costs(size, length, batch_size, methods=MAIN):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
-        return by_architecture(costs_of(methods, lambda: xlm_r(size), length, batch_size, torch.device("cpu")))
+        cpu = torch.device("cpu")
+        return by_architecture(compare_made(makers(methods, lambda: xlm_r(size), length, batch_size, cpu), cpu))
 
 
 def parse_comparison(argv):
@@ -86,7 +88,13 @@ def parse_comparison(argv):
     parser.add_argument("--architectures", nargs="*", choices=tuple(XLM_R), default=tuple(XLM_R), help="of XLM-R")
     parser.add_argument("--fake", action="store_true", help="measure nothing for real")
     parser.add_argument("--batch-size", type=cli.at_least(2), default=12, help="source sentences, and as many target sentences")
+    costs.add_argument(parser)
     args = parser.parse_args(argv)
+    costs.check_argument(parser, args)
+    if args.paper_cost and (len(args.architectures) != 1 or len(args.length) != 1):
+        parser.error("--paper-cost is of one encoder and one length, such as --architectures base --length 200")
+    if args.paper_cost and args.encoder != "tiny":
+        parser.error("--encoder given, but --paper-cost is of --architectures")
     if args.fake and (args.encoder != "tiny" or args.json):
         parser.error(f"{'--json' if args.json else '--encoder'} given, but --fake measures no encoder for real")
     return args
@@ -105,13 +113,30 @@ def measured(args):
             limit = longest(*load_encoder(args.encoder))
         if length > limit:
             raise ValueError(f"--length {length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
-    costs = costs_of(args.methods, make_encoder, length, args.batch_size, args.device, args.repeats)
-    return {"encoder": encoder_name(args.encoder), "length": length, "batch_size": args.batch_size}, costs
+    to_make = makers(args.methods, make_encoder, length, args.batch_size, args.device)
+    found = compare_made(to_make, args.device, args.repeats)
+    return {"encoder": encoder_name(args.encoder), "length": length, "batch_size": args.batch_size}, found
+
+
+def record_case(args):
+    """A case of the paper's cost figures: XLM-R with random weights."""
+    (size,), (length,) = args.architectures, args.length
+
+    def on(device):
+        # Fake tensors cannot be moved, not even nowhere.
+        make_encoder = lambda: xlm_r(size) if device.type == "cpu" else xlm_r(size).to(device)
+        return makers(args.methods, make_encoder, length, args.batch_size, device)
+
+    config = {"encoder": f"xlm-roberta-{size}", "length": length, "batch_size": args.batch_size}
+    costs.record_case(args, "metaxl", config, on)
 
 
 def main(argv=None):
     args = parse_comparison(argv)
-    config, costs = (None, None) if args.fake else measured(args)
+    if args.paper_cost:
+        record_case(args)
+        return
+    config, found = (None, None) if args.fake else measured(args)
     architectures = []
     for size in args.architectures:
         for length in args.length:
@@ -127,9 +152,9 @@ def main(argv=None):
                 )
             if args.out:
                 append_run(args.out, "metaxl_architecture", architecture, methods, {}, args.device)
-    if costs:
+    if found:
         print()
-        cli.finish_comparison(args, "metaxl", config, costs, {"architectures": architectures})
+        cli.finish_comparison(args, "metaxl", config, found, {"architectures": architectures})
 
 
 if __name__ == "__main__":

@@ -238,18 +238,24 @@ def comparison_parser(description: str) -> argparse.ArgumentParser:
 
 
 def finish_comparison(
-    args: argparse.Namespace, experiment: str, config: dict, costs: dict[str, Cost], further: dict | None = None
+    args: argparse.Namespace,
+    experiment: str,
+    config: dict,
+    costs: dict[str, Cost],
+    further: dict | None = None,
+    kind: str | None = None,
 ) -> None:
     """Print the costs as a table, over those of the plain step, and write them where the flags say.
 
-    Seconds may be None (FakeTensorMode): the record in --out is then one of <experiment>_architecture, not of
-    <experiment>_cost. further: other figures for the --json file.
+    Seconds may be None (FakeTensorMode). further: other figures for the --json file.
+    kind: of the record in --out; default: <experiment>_cost, or <experiment>_architecture where the plain step has no seconds.
     """
     plain = costs["plain"]
     heads = f"{'':16}{'seconds':>10}{'time/plain':>12}{'GFLOP':>9}{'FLOPs/plain':>13}{'peak MB':>10}{'peak/plain':>12}"
     print(f"{heads}{'launches':>10}{'launches/plain':>16}")
     for name, cost in costs.items():
-        time = f"{'–':>10}{'–':>12}" if cost.seconds is None else f"{cost.seconds:10.4f}{cost.seconds / plain.seconds:12.2f}"
+        timed = cost.seconds is not None and plain.seconds is not None
+        time = f"{cost.seconds:10.4f}{cost.seconds / plain.seconds:12.2f}" if timed else f"{'–':>10}{'–':>12}"
         print(
             f"{name:16}{time}{cost.flops / 1e9:9.2f}{cost.flops / plain.flops:13.2f}"
             f"{cost.peak_bytes / 1e6:10.1f}{cost.peak_bytes / plain.peak_bytes:12.2f}"
@@ -259,7 +265,9 @@ def finish_comparison(
     if args.json:
         content = {"methods": figures, **(further or {}), "config": config, "environment": environment(args.device)}
         write_text(args.json, json.dumps(content, indent=1))
-    if args.out and plain.seconds is None:
+    if args.out and kind:
+        append_run(args.out, kind, config, figures, {}, args.device)
+    elif args.out and plain.seconds is None:
         append_run(args.out, f"{experiment}_architecture", config, by_architecture(costs), {}, args.device)
     elif args.out:
         append_run(args.out, f"{experiment}_cost", config, figures, {}, args.device)

@@ -14,6 +14,7 @@ from .records import FINGERPRINTS, by_configuration, mean_std
 
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
 NOT_RUN = "not run"
+FLOPS = "FLOPs"  # what stands in the place of a time that was not measured
 PUBLISHED = "published"  # header of a column of published numbers, which belong to the column before it
 # Settings whose default is the method's, and those that only methods read which learn hyperparameters.
 OF_METHOD = ("temperature", "sigma", "inner_lr", "inner_steps", "share", "weight_input", "perturb", "rtn_input")
@@ -54,6 +55,8 @@ def build_tables(spec: dict, runs: list[dict], whole: bool = True) -> list[Table
     specs = {table["name"]: table for table in spec["tables"]}
     build = lambda t: _ratio_table(t, specs, runs, whole) if t.get("kind") == "ratios" else build_table(t, runs, whole)
     tables = [build(table) for table in specs.values()]
+    if "cost_figures" in spec:
+        tables += _cost_figures(spec["cost_figures"], runs, whole)
     shown = {id(run) for table in tables for run in table.runs}
     left = [run for run in runs if id(run) not in shown]
     others = [_other_table(experiment, spec.get("methods", {}), left) for experiment in spec["experiments"]]
@@ -182,6 +185,102 @@ def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bo
     if devices:
         notes.append(f"One step of each method measured side by side on: {'; '.join(devices)}.")
     return _table(spec, header, rows, used, notes)
+
+
+def _cost_figures(spec: dict, runs: list[dict], whole: bool) -> list[Table]:
+    """The table of ratios, and one for each of the paper's cost figures."""
+    return [cost_ratios(spec, runs, whole), *(_cost_figure(figure, spec, runs, whole) for figure in spec["figures"])]
+
+
+def cost_cases(figure: dict, runs: list[dict]) -> list[dict]:
+    """The figure's cases, to each of which is added:
+
+    run: its record, None if there is none; of several the last on CUDA, else the last.
+    ours, paper: {method: {gb, seconds_an_epoch, time over that of T1–T2, time_is}}; time_is says whether FLOPs stand in its place.
+    """
+    kind, cases = f"{figure['experiment']}_paper_cost", []
+    for case in figure["cases"]:
+        of_case = [run for run in runs if run["experiment"] == kind and _matches(run["config"], case["match"])]
+        of_case.sort(key=lambda run: run["config"]["device"] == "cuda")
+        run = of_case[-1] if of_case else None
+        ours, paper = {}, {method: dict(cost) for method, cost in case.get("paper", {}).items()}
+        for method, cost in (run["metrics"] if run else {}).items():
+            steps = figure["steps_an_epoch"]
+            ours[method] = {
+                "gb": cost["peak_bytes"] / 1e9,
+                "seconds_an_epoch": None if cost["seconds"] is None else cost["seconds"] * steps,
+                "tflop": cost["flops"] / 1e12,
+                "counted": cost["seconds"] is None and run["config"]["device"] == "cuda",
+            }
+        for costs in (ours, paper):
+            second = costs.get("second_order", {})
+            for cost in costs.values():
+                timed = cost.get("seconds_an_epoch") is not None and second.get("seconds_an_epoch") is not None
+                key = "seconds_an_epoch" if timed else "tflop"
+                cost["time"] = cost[key] / second[key] if key in cost and key in second else None
+                cost["time_is"] = "time" if timed else FLOPS
+        cases.append({**case, "run": run, "ours": ours, "paper": paper})
+    return cases
+
+
+def cost_ratios(spec: dict, runs: list[dict], whole: bool = True) -> Table:
+    """One line for each case of the cost figures: memory and time of the methods over those of T1–T2, the paper's and ours."""
+    header, rows, used = ["Case"], [], []
+    for method in spec["compared"]:
+        title, paper = spec["methods"][method], method == spec["published"]
+        header += [f"{title}: memory / T1–T2", *[PUBLISHED] * paper, f"{title}: time / T1–T2", *[PUBLISHED] * paper]
+    for figure in spec["figures"]:
+        for case in cost_cases(figure, runs):
+            if not (case["run"] or whole):
+                continue
+            cells = []
+            for method in spec["compared"]:
+                ours, paper = (_cost_ratio(case[source], method) for source in ("ours", "paper"))
+                both = zip(ours if case["run"] else (NOT_RUN, NOT_RUN), paper)
+                cells += [cell for own, published in both for cell in ([own, published] if method == spec["published"] else [own])]
+            rows.append([f"{figure['what']}, {case['label']}", *cells])
+            used += [case["run"]] if case["run"] else []
+    notes = [spec["note"], *_measured_on(used)]
+    sources = "; ".join(dict.fromkeys(figure["source"] for figure in spec["figures"]))
+    return Table("cost-ratios", SUMMARY, spec["title"], header, rows, sources, used, notes, spec["command"])
+
+
+def _cost_ratio(costs: dict, method: str) -> tuple[str, str]:
+    """(memory, time) of a method over those of T1–T2."""
+    own, second = costs.get(method), costs.get("second_order")
+    if not (own and second):
+        return "–", "–"
+    memory = f"{own['gb'] / second['gb']:.2f}" + " (counted)" * (own.get("counted") != second.get("counted"))
+    return memory, f"{own['time']:.2f}" + f" ({FLOPS})" * (own["time_is"] == FLOPS)
+
+
+def _cost_figure(figure: dict, spec: dict, runs: list[dict], whole: bool) -> Table:
+    """The numbers of one figure: a line for each method in each case."""
+    header = ["Case", "method", "memory (GB)", PUBLISHED, "seconds an epoch", PUBLISHED, "TFLOP a step"]
+    titles, rows, used = {**spec["methods"], **figure.get("methods", {})}, [], []
+    for case in cost_cases(figure, runs):
+        if not (case["run"] or whole):
+            continue
+        used += [case["run"]] if case["run"] else []
+        for method in titles:
+            ours, paper = case["ours"].get(method, {}), case["paper"].get(method, {})
+            if not (ours or paper):
+                continue
+            cells = [NOT_RUN] * 3
+            if ours:
+                seconds = ours["seconds_an_epoch"]
+                memory = f"{ours['gb']:.2f}" + " (counted)" * ours["counted"]
+                cells = [memory, "–" if seconds is None else f"{seconds:.0f}", f"{ours['tflop']:.2f}"]
+            published = [str(paper.get(key, "–")) for key in ("gb", "seconds_an_epoch")]
+            rows.append([case["label"], titles[method], cells[0], published[0], cells[1], published[1], cells[2]])
+    notes = [figure["note"], *_measured_on(used)]
+    name, command = f"{figure['experiment']}-figure-{figure['number']}".replace("_", "-"), spec["command"]
+    return Table(name, figure["experiment"], figure["title"], header, rows, figure["source"], used, notes, command, n_labels=2)
+
+
+def _measured_on(runs: list[dict]) -> list[str]:
+    devices = dict.fromkeys(run["environment"]["device"] for run in runs)
+    return [f"Here: {'; '.join(devices)}."] if devices else []
 
 
 def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict], whole: bool) -> Table:

@@ -1,0 +1,102 @@
+"""One case of the paper's cost figures (3 to 6): what a step of every method costs there.
+
+On CUDA everything is measured. On a CPU bytes and FLOPs are counted on tensors without values, exactly, and time is taken where no
+step takes more than a minute. cost_figures.py draws the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..measuring import Cost, Step, compare_made, counts, seconds
+from . import cli
+from .records import find_run, given
+from .tables import named
+
+LIMIT = 60.0  # seconds of a step that are worth waiting for on a CPU
+SLOWER = 1.8  # double backward takes so many times longer than its FLOPs say; mixed mode and EvoGrad less
+BUDGET = 90.0  # seconds for the turns of a case; one turn there is in any case
+Makers = Callable[[torch.device], Mapping[str, Callable[[], Step]]]
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--paper-cost",
+        action="store_true",
+        help="a case of the paper's cost figures: on a CPU count bytes and FLOPs on tensors without values, and take the time "
+        "where no step takes more than a minute; do nothing if --out has the case",
+    )
+
+
+def check_argument(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.paper_cost and args.fake:
+        parser.error("--fake and --paper-cost given, but the latter counts without time wherever time is out of reach")
+
+
+def record_case(args: argparse.Namespace, experiment: str, config: dict, makers: Makers) -> None:
+    """Measure one case, print it and append its record to --out, unless that has it.
+
+    makers: device -> {method: function that makes its step there}, "plain" among them.
+    """
+    config = {**config, "device": args.device.type}
+    kind = f"{experiment}_paper_cost"
+    found = find_run(args.out, kind, config) if args.out else None
+    if found and {"plain", *args.methods} <= set(found["metrics"]):
+        print(f"nothing to do: {args.out} has {named(given(config))} already")
+        return
+    cli.finish_comparison(args, experiment, config, case_costs(makers, args.device, args.repeats), kind=kind)
+
+
+def case_costs(makers: Makers, device: torch.device, repeats: int) -> dict[str, Cost]:
+    """{method: cost}; its seconds are None where they could not be measured.
+
+    On CUDA one method at a time is measured; what does not fit into the card is counted, as everything is on a CPU. There
+    `repeats` is the most turns that are taken.
+    """
+    if device.type != "cuda":
+        costs = {name: counted(make) for name, make in makers(device).items()}
+        times = case_seconds(makers(device), costs, repeats)
+        return {name: replace(cost, seconds=times.get(name)) for name, cost in costs.items()}
+    costs = {}
+    for name, make in makers(device).items():
+        try:
+            costs |= compare_made({name: make}, device, repeats)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name} does not fit into the card: its bytes and FLOPs are counted")
+            torch.cuda.empty_cache()
+            costs[name] = counted(makers(torch.device("cpu"))[name])
+    return costs
+
+
+def counted(make: Callable[[], Step]) -> Cost:
+    """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return Cost(None, *counts(make()))
+
+
+def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, Cost], most: int) -> dict[str, float]:
+    """Median seconds of each method's step over at most `most` turns; {} where one would take longer than LIMIT, by its FLOPs."""
+    plain = costs["plain"].flops
+    slowest = max(cost.flops for cost in costs.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # No step is faster than its matrix products, so that what is out of reach is not begun.
+    if max(cost.peak_bytes for cost in costs.values()) > memory / 2 or slowest / flops_a_second() > LIMIT:
+        return {}
+    seconds_of_plain = seconds({"plain": makers["plain"]()}, repeats=1, warmup=1)["plain"]
+    if SLOWER * seconds_of_plain * slowest / plain > LIMIT:
+        return {}
+    turn = seconds_of_plain * sum(cost.flops for cost in costs.values()) / plain
+    turns = max(1, min(most, int(BUDGET / turn)))
+    warmup = int(turns > 2)  # the first turn of a long step is no slower than the others
+    return seconds({name: make() for name, make in makers.items()}, turns - warmup, warmup)
+
+
+def flops_a_second() -> float:
+    a = torch.ones(1024, 1024)
+    return 2 * len(a) ** 3 / seconds({"product": lambda: a @ a}, repeats=3)["product"]
