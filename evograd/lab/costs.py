@@ -88,7 +88,7 @@ def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, C
     # No step is faster than its matrix products, so that what is out of reach is not begun.
     if max(cost.peak_bytes for cost in costs.values()) > memory / 2 or slowest / flops_a_second() > LIMIT:
         return {}
-    seconds_of_plain = seconds({"plain": makers["plain"]()}, repeats=1, warmup=1)["plain"]
+    seconds_of_plain = seconds({"plain": makers["plain"]()}, repeats=1, warmup=0)["plain"]
     if SLOWER * seconds_of_plain * slowest / plain > LIMIT:
         return {}
     turn = seconds_of_plain * sum(cost.flops for cost in costs.values()) / plain
