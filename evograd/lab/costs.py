@@ -69,6 +69,7 @@ def case_costs(makers: Makers, device: torch.device, repeats: int) -> dict[str, 
             costs |= compare_made({name: make}, device, repeats)
         except torch.cuda.OutOfMemoryError:
             print(f"{name} does not fit into the card: its bytes and FLOPs are counted")
+        if name not in costs:  # outside of the clause, whose error keeps the step's tensors
             torch.cuda.empty_cache()
             costs[name] = counted(makers(torch.device("cpu"))[name])
     return costs
