@@ -34,13 +34,16 @@ def plot_figure(spec: dict, titles: Mapping[str, str], runs: list[dict], path: P
     if not cases:
         return False
     over_parameters = all("parameters" in case for case in cases)
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(max(9.5, 3.1 * len(cases) * (not over_parameters)), 4.2), layout="constrained")
     draw = _lines if over_parameters else _bars
     draw(axes[0], cases, "gb", titles)
     draw(axes[1], cases, "time", titles)
     axes[0].set_ylabel("memory (GB)")
     axes[1].set_ylabel("time / T1–T2's")
     axes[1].axhline(1, color="black", lw=0.7, ls=":")
+    if "card_gb" in spec:
+        axes[0].axhline(spec["card_gb"], color="black", lw=0.9, ls="--")
+        axes[0].annotate("the paper's card", (0, spec["card_gb"]), xytext=(0, 2), textcoords="offset points", fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3, axis="y")
         axis.set_axisbelow(True)
@@ -58,46 +61,44 @@ def plot_figure(spec: dict, titles: Mapping[str, str], runs: list[dict], path: P
 
 
 def _bars(axis: plt.Axes, cases: list[dict], what: str, titles: Mapping[str, str]) -> None:
-    width = 0.8 / (2 * len(METHODS))
-    for i, case in enumerate(cases):
-        for j, method in enumerate(METHODS):
-            for k, source in enumerate(("paper", "ours")):
-                value = case[source].get(method, {}).get(what)
-                if value is None:
-                    continue
-                x = i - 0.4 + (2 * j + k + 0.5) * width
-                hollow = what == "time" and case[source][method]["time_is"] == FLOPS
-                style = dict(fill=False, ec=COLOUR[method]) if hollow else dict(color=COLOUR[method])
-                style["alpha"] = 1 if source == "ours" else 0.35
-                axis.bar(x, value, width * 0.92, **style)
-                axis.annotate(
-                    f"{value:.2f}".rstrip("0").rstrip(".") if what == "time" else f"{value:.1f}",
-                    (x, value), ha="center", va="bottom", fontsize=5.5, xytext=(0, 1), textcoords="offset points",
-                )  # fmt: skip
-    for method in METHODS:  # for the legend, whatever the first case has
-        axis.bar(0, 0, 0, color=COLOUR[method], label=titles[method])
-        if any(method in case["paper"] for case in cases):
-            axis.bar(0, 0, 0, color=COLOUR[method], alpha=0.35, label=f"{titles[method]}, the paper")
+    """A group of bars for each case; a place in the group for what one of the cases has."""
+    places = [(m, source) for m in METHODS for source in ("paper", "ours") if any(m in case[source] for case in cases)]
+    width = 0.86 / len(places)
+    for j, (method, source) in enumerate(places):
+        faint = {"alpha": 1 if source == "ours" else 0.35}
+        axis.bar(0, 0, 0, color=COLOUR[method], label=_label(titles[method], source), **faint)  # for the legend
+        for i, case in enumerate(cases):
+            cost = case[source].get(method)
+            if cost is None or cost[what] is None:
+                continue
+            x, hollow = i - 0.43 + (j + 0.5) * width, what == "time" and cost["time_is"] == FLOPS
+            style = dict(fill=False, ec=COLOUR[method]) if hollow else dict(color=COLOUR[method])
+            axis.bar(x, cost[what], width * 0.9, **style, **faint)
+            if what == "time" and method == "second_order":
+                continue  # it is 1
+            text = f"{cost[what]:.2f}" if what == "time" or cost[what] < 1 else f"{cost[what]:.1f}"
+            place = dict(ha="center", va="bottom", xytext=(0, 1), textcoords="offset points")
+            axis.annotate(text, (x, cost[what]), fontsize=6, **place)
     axis.set_xticks(range(len(cases)), [case["label"].replace(", ", "\n") for case in cases], fontsize=8)
 
 
 def _lines(axis: plt.Axes, cases: list[dict], what: str, titles: Mapping[str, str]) -> None:
+    """A line over the number of parameters for each method; a line of times and one of FLOPs are not joined."""
     for method in METHODS:
         for source in ("ours", "paper"):
-            points = [
-                (case["parameters"] / 1e6, case[source][method])
-                for case in cases
-                if case[source].get(method, {}).get(what) is not None
-            ]
-            if not points:
-                continue
             own = source == "ours"
-            label = titles[method] if own else f"{titles[method]}, the paper"
-            x, y = [x for x, _ in points], [cost[what] for _, cost in points]
-            axis.plot(x, y, color=COLOUR[method], lw=1.5, ls="-" if own else "--", alpha=1 if own else 0.6, label=label)
-            for at, cost in points:
-                face = "white" if what == "time" and cost["time_is"] == FLOPS else COLOUR[method]
-                axis.plot(at, cost[what], "o" if own else "s", color=COLOUR[method], mfc=face, ms=5, alpha=1 if own else 0.6)
+            style = dict(color=COLOUR[method], lw=1.5, ms=5, alpha=1 if own else 0.6, ls="-" if own else "--", marker="os"[not own])
+            kinds = ("time", FLOPS) if what == "time" else (None,)
+            for kind in kinds:
+                points = [(case["parameters"] / 1e6, case[source].get(method)) for case in cases]
+                points = [(x, cost[what]) for x, cost in points if cost and kind in (None, cost["time_is"])]
+                if points:
+                    face = "white" if kind == FLOPS else COLOUR[method]
+                    axis.plot(*zip(*points), mfc=face, label=_label(titles[method], source), **style)
+
+
+def _label(title: str, source: str) -> str:
+    return title if source == "ours" else f"{title}, the paper"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -241,8 +241,7 @@ def cost_ratios(spec: dict, runs: list[dict], whole: bool = True) -> Table:
             rows.append([f"{figure['what']}, {case['label']}", *cells])
             used += [case["run"]] if case["run"] else []
     notes = [spec["note"], *_measured_on(used)]
-    sources = "; ".join(dict.fromkeys(figure["source"] for figure in spec["figures"]))
-    return Table("cost-ratios", SUMMARY, spec["title"], header, rows, sources, used, notes, spec["command"])
+    return Table("cost-ratios", SUMMARY, spec["title"], header, rows, spec["source"], used, notes, spec["command"])
 
 
 def _cost_ratio(costs: dict, method: str) -> tuple[str, str]:
