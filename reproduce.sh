@@ -16,6 +16,7 @@ The paper's experiments, on their own data (a GPU is worth having; --device cpu 
   bash label_noise_mwn/run.sh --data cifar10 --data-dir DIR [--download]   five methods, three noise levels, five seeds
   bash cross_domain_fewshot/run.sh --data filelists --data-dir DIR         four held-out domains, two shots, six methods
   bash metaxl/run.sh --data ner --data-dir DIR [--download]                eight languages, six methods, five seeds
+  bash resources/cost.sh                                                   memory and time: the paper's Figures 3 to 6
 
 Each of these scripts prints the commands that it runs; with --print as the first argument it only prints them, one a line,
 for a job scheduler. Results are appended to <experiment>/results/; afterwards

@@ -560,7 +560,7 @@ def test_compare_prints_and_writes(tmp_path, capsys):
     assert all(name in printed for name in methods)
     compare.main([*arguments, "--methods", "evograd", "--width", "2", "--out", str(tmp_path / "runs.jsonl")])
     narrow, wide = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
-    assert (narrow["config"]["width"], wide["config"]["width"]) == (None, 2)
+    assert (narrow["config"].get("width"), wide["config"]["width"]) == (None, 2)
     assert wide["metrics"]["evograd"]["flops"] > 3.5 * narrow["metrics"]["evograd"]["flops"]
 
 
