@@ -34,7 +34,9 @@ def plot_figure(spec: dict, titles: Mapping[str, str], runs: list[dict], path: P
     if not cases:
         return False
     over_parameters = all("parameters" in case for case in cases)
-    figure, axes = plt.subplots(1, 2, figsize=(max(9.5, 3.1 * len(cases) * (not over_parameters)), 4.2), layout="constrained")
+    below = len(cases) > 2 and not over_parameters  # bars of many cases want the whole width
+    shape, size = ((2, 1), (9.5, 7.6)) if below else ((1, 2), (9.5, 4.2))
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained")
     draw = _lines if over_parameters else _bars
     draw(axes[0], cases, "gb", titles)
     draw(axes[1], cases, "time", titles)
