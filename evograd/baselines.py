@@ -234,7 +234,7 @@ def _implicit(
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     layout = Layout(problem.theta)
     with problem.undisturbed(), _twice_differentiable():
-        val, direct, flats = problem.val_gradient(layout, problem.theta)
+        val, direct, flats = problem.val_gradient(layout, [problem.theta])
         gradient = list(layout.named(flats).values())
         leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())

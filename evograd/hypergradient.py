@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import Shares
+from .in_place import InPlace
 from .kinks import Kinks
-from .noise import NOISES, Layout, NoiseFunction, SeededNoise, draw_seeds
+from .noise import NOISES, Layout, NoiseFunction, Position, SeededNoise, draw_seeds
 from .problem import (
     Closure,
     Hypergradient,
@@ -30,7 +31,7 @@ from .problem import (
     partial,
 )
 
-STRATEGIES = ("stream", "retain", "vmap")
+STRATEGIES = ("stream", "in_place", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
 
 
@@ -48,14 +49,14 @@ def hypergradient(
     noise: str | NoiseFunction = "sign",
     radius: float | None = None,
     share_kinks: bool = True,
-    strategy: str = "stream",
+    strategy: str | None = None,
     chunk_size: int | None = None,
     common_random_numbers: bool = False,
     inner_lr: float | None = None,
     lookahead: Parameters | str = None,
     generator: torch.Generator | None = None,
     group: dist.ProcessGroup | None = None,
-    share: str = "candidates",
+    share: str | None = None,
 ) -> Hypergradient:
     """Estimate dℓ_V/dλ by EvoGrad.
 
@@ -93,9 +94,13 @@ def hypergradient(
         share_kinks: let the second candidate of a guided pair run with the activation pattern of the first, see `evograd.kinks`.
             A difference counts the jumps of ∂ℓ_T/∂λ where a ReLU or the maximum of a pool changes sides between the two, and
             T1–T2 does not.
-        strategy: "stream" keeps one candidate at a time, and K gradients of λ's size: nothing of the model's size grows with K.
-            "retain" keeps the K graphs and takes one backward pass of Σ_k c_k ℓ_k: faster where λ is large. "vmap" evaluates all
-            candidates in one batched pass (torch.func.vmap), K times the memory: faster where the model is small.
+        strategy: "stream" keeps one candidate at a time, and K gradients of λ's size: nothing of the model's size grows with
+            K. "in_place" does the same in the model's own tensors: a candidate is written into them, the closure is evaluated
+            on the very module (compiled, wrapped, held by the closure itself), and parameters and buffers are put back, the
+            same bits, after an error too. What they were is kept, one copy. "retain" keeps the K graphs and takes one
+            backward pass of Σ_k c_k ℓ_k: faster where λ is large. "vmap" evaluates all candidates in one batched pass
+            (torch.func.vmap), K times the memory: faster where the model is small. Default: "stream"; "in_place", the only
+            one there is, for a model that is sharded by FSDP2 (see below).
         chunk_size: how many candidates "vmap" batches at a time. Fewer than K bound its memory, and train_loss is then evaluated
             twice. Default: all.
         common_random_numbers: let every candidate draw the same random numbers from torch's generators (dropout, say).
@@ -109,13 +114,15 @@ def hypergradient(
             Default: torch's global one.
         group: a torch.distributed process group that shares out the work (`torch.distributed.group.WORLD` is that of all
             processes). Each calls with the same θ, λ and settings, and each gets the same result. See `share`. Default: this
-            process does everything. K losses, K slopes and one gradient of λ's size cross the network, and nothing of θ's size.
+            process does everything, or, with a sharded model, the processes that hold its shards do. K losses, K slopes and
+            one gradient of λ's size cross the network, and nothing of θ's size.
         share: what the processes of the group divide. "candidates": all have the same batches, and each evaluates its part of
             the candidates, at least one, or one guided pair. The result is that of one process (to float32's rounding in
             "retain", to that of the result in "stream"), with the numbers that closures draw (dropout) seeded for each
-            candidate, alike in every process. "batch": each closure is a mean over the process's own part of the batch, parts of
-            equal size; all evaluate every candidate, and losses and gradients are averaged. Not for noise="guided": G of the
-            whole batch has θ's size.
+            candidate, alike in every process. "batch": each closure is a mean over the process's own part of the batch, parts
+            of equal size; all evaluate every candidate, and losses and gradients are averaged. Not for noise="guided": G of
+            the whole batch has θ's size. Default: "candidates"; "batch", the only one there is, for a sharded model, guided
+            too.
 
     Returns:
         Hypergradient: `grads` (aligned with `hyperparameters`), `val_loss` (), `candidate_losses` (K,), `weights` (K,).
@@ -128,6 +135,16 @@ def hypergradient(
             torch.distributed, at the latest after the timeout of its init_process_group; torchrun ends the others at once. Also
             while a CUDA graph is captured: seeds come from the host, and each replay would take the same directions.
 
+    A model sharded by FSDP2 (torch.distributed.fsdp.fully_shard, over a mesh of one dimension, or of two for HSDP): every
+    process calls, with closures that are means over its own part of the batch (equal parts), as it would for training. ε is
+    drawn on each shard, by seeds of its own (replicas need torch seeded alike); ⟨G, ε⟩ and norms are summed over the shards;
+    beyond what FSDP2 sends by itself, K losses, K slopes (guided: two norms) and one gradient of λ's size cross the network.
+    λ are plain tensors, alike in all processes: a parameter of the model stays one by fully_shard(…, ignored_params={…}).
+    Tensors of `parameters` and `lookahead` are DTensors, like the model's. Refused are a MixedPrecisionPolicy that computes
+    in fewer digits than the parameters have, which does not resolve the candidates, plain parameters among θ, a call in the
+    midst of gradient accumulation, and tensor parallelism. A closure that raises in one process alone leaves the others
+    waiting in FSDP2, as in training: torchrun ends them.
+
     Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast, and on CUDA without TF32
     (torch.backends.cudnn.allow_tf32, which is True by default, and torch.backends.cuda.matmul.allow_tf32); there is a warning
     where θ is on CUDA and one of them is on. What train_loss detaches, and
@@ -136,7 +153,8 @@ def hypergradient(
     """
     guided = isinstance(noise, str) and noise == "guided"
     _check(n_candidates, sigma, temperature, noise, radius, strategy, chunk_size, inner_lr, lookahead, generator, group)
-    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    in_place = None if strategy is None else strategy == "in_place"
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place)
     problem.check_differences()
     lam = problem.lam
     eta = sigma**2 * (n_candidates - 1) / (n_candidates * temperature)  # of the estimate as it comes
@@ -155,14 +173,19 @@ def hypergradient(
             with problem.draws.replay(starts.get("validation")):
                 val, direct, gradient = problem.val_gradient(layout, ahead)
             del ahead
-            candidates = _Guided(layout, gradient, n_candidates, radius, share_kinks, common_random_numbers)
+            norms = shares.norms(gradient, [p for bucket in layout.buckets for p in bucket.tensors])
+            settings = (n_candidates, radius, share_kinks, common_random_numbers)
+            candidates = _Guided(layout, gradient, norms, *settings, problem.place)
+            del gradient
         else:
-            epsilon = SeededNoise(NOISES[noise] if isinstance(noise, str) else noise, problem.theta, n_candidates, generator)
-            starts = shares.starts(lambda: epsilon.seeds[0][0])
+            function = NOISES[noise] if isinstance(noise, str) else noise
+            shard = problem.sharding.shard if problem.sharding else None
+            epsilon = SeededNoise(function, problem.theta, n_candidates, generator, shard)
+            starts = shares.starts(lambda: epsilon.first)
             candidates = _Random(epsilon, sigma, common_random_numbers)
 
         # 1. perturb, 2. evaluate
-        losses, partials = [], []
+        losses, partials, streaming = [], [], strategy not in ("retain", "vmap")
         if strategy == "vmap":
             batched = _Batched(problem, candidates, shares.candidates, chunk_size)
             losses = [batched.losses()]
@@ -171,9 +194,9 @@ def hypergradient(
             start = starts.get(k if alike is None else alike)
             if start is None and alike is not None:
                 starts[alike] = problem.draws.state()
-            with problem.draws.replay(start), problem.holding(candidates.parameters(k)), candidates.pattern(k):
+            with problem.draws.replay(start), problem.at(candidates.parameters(k)), candidates.pattern(k):
                 loss = problem.evaluate(train_loss)
-                if strategy == "stream":  # the graph of this candidate ends here
+                if streaming:  # the graph of this candidate ends here
                     partials.append(lam.flat(partial(loss, problem.hyperparameters)))
                     loss = loss.detach()
             losses.append(loss.reshape(1))
@@ -189,13 +212,13 @@ def hypergradient(
         else:
             with problem.draws.replay(starts.get("validation")):
                 val, direct, slopes = _validate_merged(problem, epsilon, weights, sigma, shares.candidates)
-            coefficients = loss_coefficients(weights, shares.gather(slopes), temperature)
+            coefficients = loss_coefficients(weights, shares.slopes(slopes), temperature)
             if inner_lr is not None:
                 coefficients = coefficients * (inner_lr / eta)
 
         # the chain rule: ∂ℓ_V/∂λ + Σ_k c_k ∂ℓ_k/∂λ
         own = shares.of(coefficients)
-        if strategy == "stream":
+        if streaming:
             weighted = lam.weighted_sum(own, partials)
         elif strategy == "vmap":
             weighted = batched.weighted_sum(own, losses, lam)
@@ -226,9 +249,9 @@ class _Random:
     def __init__(self, epsilon: SeededNoise, sigma: float, common: bool):
         self.epsilon, self.sigma, self.common = epsilon, sigma, common
 
-    def parameters(self, k: int) -> dict[str, Tensor]:
+    def parameters(self, k: int) -> Position:
         layout = self.epsilon.layout
-        return layout.moved([self.epsilon.scaled(k, b, self.sigma) for b in range(len(layout.buckets))])
+        return layout.moved(self.epsilon.scaled(k, b, self.sigma) for b in range(len(layout.buckets)))
 
     def alike(self, k: int) -> int | None:
         """Which candidates draw the same random numbers as this one; None: no other ever does."""
@@ -241,22 +264,27 @@ class _Random:
 
 
 class _Guided:
-    """θ_k = θ ± r G/‖G‖, and θ itself for the last of an odd number: central differences along G, in pairs."""
+    """θ_k = θ ± r G/‖G‖, and θ itself for the last of an odd number: central differences along G, in pairs.
+
+    Candidates in place need G for the first of them alone: the model holds the step then, and the others take it from there.
+    """
 
     def __init__(
         self,
         layout: Layout,
-        gradient: list[Tensor],
+        gradient: list[Tensor | None],
+        norms: Sequence[Tensor],
         n_candidates: int,
         radius: float | None,
         share_kinks: bool,
         common: bool,
+        place: InPlace | None,
     ):
         self.layout, self.gradient, self.n_candidates = layout, gradient, n_candidates
         self.share_kinks, self.common = share_kinks, common
-        self.norm = _norm(gradient)
+        self.place, self.held = place, 0  # held: the sign of the step that the model holds
+        self.norm, size = norms  # of G and θ
         if radius is None:
-            size = _norm([p for bucket in layout.buckets for p in bucket.tensors])
             self.radius = RADIUS * torch.where(size > 0, size, 1)
         else:
             self.radius = torch.full_like(self.norm, radius)
@@ -266,12 +294,19 @@ class _Guided:
     def amplitude(self, k: int) -> int:
         return 0 if k == self.n_candidates - 1 and k % 2 == 0 else (1, -1)[k % 2]
 
-    def parameters(self, k: int) -> dict[str, Tensor]:
-        flats = []
-        for bucket, gradient in zip(self.layout.buckets, self.gradient):
-            flats.append(bucket.empty())
-            torch.mul(gradient, (self.amplitude(k) * self.step).to(gradient), out=flats[-1][: gradient.numel()])
-        return self.layout.moved(flats)
+    def parameters(self, k: int) -> Position:
+        for b, bucket in enumerate(self.layout.buckets):
+            if self.held:
+                flat = self.place.displacement(bucket).mul_(self.held * self.amplitude(k))
+            else:
+                flat, gradient = bucket.empty(), self.gradient[b]
+                torch.mul(gradient, (self.amplitude(k) * self.step).to(gradient), out=flat[: gradient.numel()])
+                if self.place is not None:
+                    self.gradient[b] = gradient = None
+            yield bucket.moved(flat)
+            del flat
+        if self.place is not None:
+            self.held = self.amplitude(k)
 
     def alike(self, k: int) -> int:
         return 0 if self.common else min(k // 2, self.n_candidates // 2 - 1)
@@ -376,21 +411,15 @@ def _validate_merged(
     return val, direct, sigma * (flat if len(flat) == len(candidates) else flat.view(len(candidates), -1).sum(1))
 
 
-def _merged(epsilon: SeededNoise, weights: Tensor, sigma: float) -> dict[str, Tensor]:
+def _merged(epsilon: SeededNoise, weights: Tensor, sigma: float) -> Position:
     """θ* = θ + σ Σ_k w_k ε_k."""
-    flats = [bucket.zeros() for bucket in epsilon.layout.buckets]
-    for b, flat in enumerate(flats):
+    for b, bucket in enumerate(epsilon.layout.buckets):
+        flat = bucket.zeros()
         for k, weight in enumerate(weights.to(flat)):
             for part, noise in epsilon.pieces(k, b):
                 flat[part].addcmul_(noise, weight, value=sigma)
-    return epsilon.layout.moved(flats)
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all of them as one vector, in float32 at least."""
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([n.to(norms[0].device, dtype) for n in norms]).norm()
+        yield bucket.moved(flat)
+        del flat
 
 
 def _check(
@@ -411,12 +440,12 @@ def _check(
             f"noise={noise!r} is unknown; accepted are {', '.join(map(repr, accepted))} or a function of (tensor, generator)"
         )
     guided = not callable(noise) and noise == "guided"
-    if strategy not in STRATEGIES:
+    if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; accepted are {', '.join(map(repr, STRATEGIES))}")
     if guided and strategy == "vmap":
         raise ValueError(
             "strategy='vmap' evaluates candidates at once, but the two of a pair of noise='guided' run one after the other, "
-            "since they share their kinks; accepted are 'stream' and 'retain'"
+            "since they share their kinks; accepted are 'stream', 'in_place' and 'retain'"
         )
     if chunk_size is not None:
         if strategy != "vmap":

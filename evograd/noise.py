@@ -5,7 +5,7 @@ Noise is drawn again from its seeds whenever it is needed, and not stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
+Position = Iterable[Mapping[str, Tensor]]  # values of θ by name, bucket by bucket, each made when it is asked for
 ALIGNMENT = 64  # elements: every tensor begins at a multiple of it
 BUCKET = 2**21  # elements of a bucket, or an eighth of all, if that is more
 PIECE = 2**20  # elements of which noise is there at once, or a sixteenth of all, if that is more
@@ -56,6 +57,11 @@ def draw_seeds(shape: tuple[int, ...], generator: torch.Generator | None) -> lis
     """Seeds from a generator on the host, torch's global one if None: real numbers under FakeTensorMode too."""
     with on_the_host():
         return torch.randint(2**62, shape, generator=generator, device="cpu").tolist()
+
+
+def drawn_from(seed: int, n: int) -> list[int]:
+    """n further seeds, which depend on this one alone."""
+    return draw_seeds((n,), torch.Generator().manual_seed(seed))
 
 
 NOISES: dict[str, NoiseFunction] = {"sign": sign, "normal": normal}
@@ -134,23 +140,38 @@ class Layout:
         """{name: tensor} of the buckets' flat tensors."""
         return {n: t for bucket, flat in zip(self.buckets, flats) for n, t in zip(bucket.names, bucket.views(flat))}
 
-    def moved(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """{name: θ + step} of the steps in the buckets' flat tensors, which become the result's storage."""
-        return {name: p for bucket, flat in zip(self.buckets, flats) for name, p in bucket.moved(flat).items()}
+    def moved(self, flats: Iterable[Tensor]) -> Position:
+        """θ + step of the steps in the buckets' flat tensors, which become the result's storage."""
+        return (bucket.moved(flat) for bucket, flat in zip(self.buckets, flats))
 
 
 class SeededNoise:
     """ε_k over the buckets of θ: the same whenever it is asked for.
 
     Seeds are drawn on the host from `generator` (torch's global one if None), one for each candidate and bucket.
+    shard: (which, of how many), where θ is one process's shards. One seed is drawn for each candidate then, alike in all
+    processes, and each shard's buckets have seeds that come from it.
     """
 
     def __init__(
-        self, function: NoiseFunction, theta: Mapping[str, Tensor], n_candidates: int, generator: torch.Generator | None
+        self,
+        function: NoiseFunction,
+        theta: Mapping[str, Tensor],
+        n_candidates: int,
+        generator: torch.Generator | None,
+        shard: tuple[int, int] | None = None,
     ):
         self.function, self.layout = function, Layout(theta)
         self.by_element = function in NOISES.values()
-        self.seeds = draw_seeds((n_candidates, len(self.layout.buckets)), generator)
+        n_buckets = len(self.layout.buckets)
+        if shard is None:
+            self.seeds = draw_seeds((n_candidates, n_buckets), generator)
+            self.first = self.seeds[0][0]  # which all processes must have drawn
+        else:
+            which, n_shards = shard
+            drawn = draw_seeds((n_candidates,), generator)
+            self.seeds = [drawn_from(drawn_from(seed, n_shards)[which], n_buckets) for seed in drawn]
+            self.first = drawn[0]
         self.generators = {b.like.device: torch.Generator(b.like.device) for b in self.layout.buckets}
         # Small noise is kept: to draw it again costs more than it takes.
         self.kept = {} if n_candidates * sum(b.size for b in self.layout.buckets) <= KEPT else None
@@ -169,7 +190,7 @@ class SeededNoise:
         if self.by_element:
             for start in range(0, bucket.size, self.layout.piece):
                 part = slice(start, min(start + self.layout.piece, bucket.size))
-                yield part, self.function(bucket.like.reshape(-1)[:1].expand(part.stop - start), generator)
+                yield part, self.function(bucket.like.new_empty(()).expand(part.stop - start), generator)
             return
         flat = bucket.zeros()  # a function of one's own is given the tensors as they are
         for name, tensor, view in zip(bucket.names, bucket.tensors, bucket.views(flat)):
@@ -186,14 +207,13 @@ class SeededNoise:
         """ε_k of one tensor."""
         for b, bucket in enumerate(self.layout.buckets):
             if name in bucket.names:
-                flat = torch.cat([epsilon for _, epsilon in self.pieces(k, b)])
-                return bucket.views(flat)[bucket.names.index(name)]
+                return bucket.views(self.scaled(k, b, 1))[bucket.names.index(name)]
         raise KeyError(name)
 
     def scaled(self, k: int, b: int, scale: float, out: Tensor | None = None) -> Tensor:
         """scale · ε_k in a flat tensor of the bucket."""
         bucket = self.layout.buckets[b]
-        if out is None and bucket.size <= self.layout.piece:  # one piece
+        if out is None and 0 < bucket.size <= self.layout.piece:  # one piece
             ((_, epsilon),) = self.pieces(k, b)
             return epsilon * scale
         out = bucket.empty() if out is None else out

@@ -14,9 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import RemovableHandle
 
-from .noise import Layout, on_the_host
-from .swap import Slots, copies
+from .in_place import InPlace
+from .noise import Layout, Position, on_the_host
+from .sharded import Sharding, is_sharded, local
+from .swap import Slots, copies, some
 
 Closure = Callable[[nn.Module], Tensor]
 Parameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[str] | None
@@ -66,6 +69,9 @@ class Problem:
 
     `theta` maps the names of the parameters to differentiate through to detached tensors; every other parameter of the
     model is held fixed, so that no graph is built for it, and the hyperparameters stay themselves.
+
+    in_place: other parameters are written into the model's own, see `InPlace`, and `theta` has copies of these within
+    `undisturbed`. None: where the model is sharded, and `theta` has this process's shards. False: such a model is refused.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class Problem:
         model: nn.Module,
         hyperparameters: Sequence[Tensor],
         parameters: Parameters,
+        in_place: bool | None = False,
     ):
         for name, closure in (("train_loss", train_loss), ("val_loss", val_loss)):
             if not callable(closure):
@@ -85,12 +92,26 @@ class Problem:
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
         self.hyperparameters = _checked_hyperparameters(hyperparameters)
+        self.sharding = Sharding.of(model)
         self.slots = Slots(model)
         self.own = self.slots.parameters
+        if self.sharding and in_place is False:
+            name = next((name for name, p in self.own.items() if is_sharded(p)), "")
+            raise NotImplementedError(
+                f"parameters: {name!r} is a DTensor (the model is sharded by fully_shard), and FSDP2 does not see tensors that "
+                "are put in its place; sharded models are for evograd.hypergradient with strategy='in_place', its default for "
+                "them, or evograd.baselines.finite_difference"
+            )
         self.theta, self.fixed = self._split(parameters)
+        self.place: InPlace | None = None
+        if in_place or self.sharding:
+            if self.sharding:
+                self.sharding.check(self.theta, self.own, self.hyperparameters)
+            self.place = InPlace(self.slots, list(self.theta), self.hyperparameters, self.sharding)
         self.lam = Vector(self.hyperparameters)
         tensors = [*self.theta.values(), *self.fixed.values(), *self.hyperparameters]
-        self.draws = Draws({t.device for t in tensors if t.device.type == "cuda"})
+        devices = {t.device for t in tensors} | ({self.sharding.device} if self.sharding else set())
+        self.draws = Draws({device for device in devices if device.type == "cuda"})
 
     def check_differences(self) -> None:
         """Of an estimator that takes differences of losses: a warning if TF32 blurs them; RuntimeError within a CUDA graph."""
@@ -129,7 +150,7 @@ class Problem:
                     f"parameters: {name!r} is {p.dtype}, {p.layout}; dense real numbers can be moved along a direction. Name the "
                     "others with parameters=[…], and it is held fixed"
                 )
-        theta = {name: p.detach() for name, p in chosen.items()}
+        theta = {name: local(p) for name, p in chosen.items()}
         fixed = {name: p.detach() for name, p in own.items() if name not in theta and id(p) not in hyper}
         return theta, fixed
 
@@ -146,7 +167,7 @@ class Problem:
                 )
             name, tensor = (item, every_name.get(item)) if isinstance(item, str) else item
             if name not in every_name:
-                raise ValueError(f"{argument}: the model has no parameter {name!r}; it has {_some(self.own)}")
+                raise ValueError(f"{argument}: the model has no parameter {name!r}; it has {some(self.own)}")
             target = every_name[name]
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{argument}: {name!r} is {type(tensor).__name__}; a tensor is needed")
@@ -155,8 +176,19 @@ class Problem:
                     f"{argument}: {name!r} is {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, "
                     f"but the model's is {tuple(target.shape)}, {target.dtype} on {target.device}"
                 )
+            if not isinstance(item, str) and is_sharded(tensor) != is_sharded(target):
+                which = ("a DTensor", "is none") if is_sharded(tensor) else ("a plain tensor", "is a DTensor")
+                raise ValueError(f"{argument}: {name!r} is {which[0]}, but the model's {which[1]}")
+            if is_sharded(tensor) and tensor.placements != target.placements:
+                raise ValueError(
+                    f"{argument}: {name!r} has the placements {tensor.placements}, but the model's {target.placements}"
+                )
             result[first_name[id(target)]] = tensor
         return result
+
+    def _apart(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that stays as it is when the model's own are written into."""
+        return tensor if self.place is None else self.place.apart(name, tensor)
 
     # --- losses at other parameters
 
@@ -184,48 +216,67 @@ class Problem:
             raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
         return value if value.ndim == 0 else value.reshape(())
 
-    def gradient(
-        self, closure: Closure, layout: Layout, at: Mapping[str, Tensor], take: Callable[[int, Tensor], None]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """(ℓ, ∂ℓ/∂λ) of a loss at the parameters `at`; and take(b, flat) gets its gradient by them, bucket by bucket.
+    def at(self, position: Position) -> AbstractContextManager:
+        """The model at a position, which has no graph of its own."""
+        return self.holding(_whole(position)) if self.place is None else self.place.at(position, differentiable=False)
 
-        A bucket's gradient is handed over as soon as the backward pass has it, so that the whole need never exist at once.
+    def gradient(
+        self, closure: Closure, layout: Layout, at: Position, take: Callable[[int, Tensor], None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """(ℓ, ∂ℓ/∂λ) of a loss at a position; and take(b, flat) gets its gradient by θ there, bucket by bucket.
+
+        A bucket's gradient is handed over as soon as the backward pass has it, so that the whole need never exist at once. On a
+        sharded model that is when the pass has ended, a process's shards being whole anyway.
         """
-        leaves = {name: at[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
-        gathering = _Gathering(layout, leaves, take) if len(layout.buckets) > 1 else nullcontext()
+        if self.place is None:
+            held = _whole(at)
+            leaves = {name: held[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
+            block = self.holding(leaves)
+        else:
+            leaves, block = self.place.parameters, self.place.at(at, differentiable=True)
         n = len(self.hyperparameters)
-        with self.holding(leaves):
+        with block:
             value = self.evaluate(closure)
-            with gathering:
-                grads = partial(value, [*self.hyperparameters, *leaves.values()])
-        if len(layout.buckets) == 1 and any(g is not None for g in grads[n:]):
+            if self.sharding:
+                grads = self.sharding.backward(value, self.hyperparameters)
+            else:
+                with _Gathering(layout, leaves, take) if len(layout.buckets) > 1 else nullcontext():
+                    grads = partial(value, [*self.hyperparameters, *leaves.values()])
+        if self.sharding:
+            for b, bucket in enumerate(layout.buckets):
+                own = [self.own[name] for name in bucket.names]
+                found = {i: local(p.grad) for i, p in enumerate(own) if p.grad is not None}
+                for p in own:
+                    p.grad = None
+                if found:
+                    take(b, bucket.flat(found))
+        elif len(layout.buckets) == 1 and any(g is not None for g in grads[n:]):
             take(0, layout.buckets[0].flat(dict(enumerate(grads[n:]))))
         return value.detach(), grads[:n]
 
-    def val_gradient(self, layout: Layout, at: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-        """(ℓ_V, ∂ℓ_V/∂λ, G = ∂ℓ_V/∂θ) at the parameters `at`, G whole: one flat tensor for each bucket."""
+    def val_gradient(self, layout: Layout, at: Position) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        """(ℓ_V, ∂ℓ_V/∂λ, G = ∂ℓ_V/∂θ) at a position, G whole: one flat tensor for each bucket."""
         flats: dict[int, Tensor] = {}
         value, direct = self.gradient(self.val_loss, layout, at, flats.__setitem__)
         return value, direct, [flats[b] if b in flats else bucket.zeros() for b, bucket in enumerate(layout.buckets)]
 
-    def lookahead(self, layout: Layout, lookahead: Parameters | str, inner_lr: float | None) -> dict[str, Tensor]:
-        """The parameters at which G is taken: θ itself (None), given ones, or θ − inner_lr ∇ℓ_T(θ, λ) ("sgd")."""
+    def lookahead(self, layout: Layout, lookahead: Parameters | str, inner_lr: float | None) -> Position:
+        """Where G is taken: θ itself (None), given parameters, or θ − inner_lr ∇ℓ_T(θ, λ) ("sgd")."""
         if lookahead is None:
-            return self.theta
+            return [self.theta]
         if isinstance(lookahead, str):
             if lookahead != "sgd":
                 raise ValueError(f"lookahead={lookahead!r} is unknown; accepted are None, 'sgd' and named parameters")
             if inner_lr is None:
                 raise ValueError("lookahead='sgd' needs inner_lr, the learning rate of that step")
-            ahead = dict(self.theta)
-
-            def step(b: int, gradient: Tensor) -> None:
-                ahead.update(layout.buckets[b].moved(torch.mul(gradient, -inner_lr)))
-
-            self.gradient(self.train_loss, layout, self.theta, step)
-            return ahead
-        given = self.named(lookahead, "lookahead")
-        return {name: given.get(name, p).detach() for name, p in self.theta.items()}
+            gradient: dict[int, Tensor] = {}
+            self.gradient(self.train_loss, layout, [self.theta], gradient.__setitem__)
+            buckets = enumerate(layout.buckets)
+            return layout.moved(
+                torch.mul(gradient.pop(b), -inner_lr) if b in gradient else bucket.zeros() for b, bucket in buckets
+            )
+        given = {name: self._apart(name, local(tensor)) for name, tensor in self.named(lookahead, "lookahead").items()}
+        return [{name: given.get(name, p) for name, p in self.theta.items()}]
 
     def grads(self, total: Vector.Flat) -> list[Tensor]:
         """The hypergradient, one tensor for each hyperparameter; RuntimeError where nothing depends on one."""
@@ -262,16 +313,27 @@ class Problem:
             for tensor, _, gradient in before:
                 if gradient is not None:
                     tensor.grad = None
+            if self.place is not None:
+                self.place.save()
+                self.theta = {name: self._apart(name, p) for name, p in self.theta.items()}
             yield
         finally:
+            if self.place is not None:
+                self.place.restore()
             for tensor, requires_grad, gradient in before:
                 if tensor.requires_grad != requires_grad:
                     tensor.requires_grad_(requires_grad)
                 if tensor.grad is not gradient:
                     tensor.grad = gradient
+            if self.sharding:
+                self.sharding.copy_flags()
         written = [name for name, version in versions.items() if self.own[name]._version != version]
         if written:
-            raise RuntimeError(f"a loss has written into the model's parameters {_some(written)}: the model is changed")
+            raise RuntimeError(f"a loss has written into the model's parameters {some(written)}: the model is changed")
+
+
+def _whole(position: Position) -> dict[str, Tensor]:
+    return {name: tensor for part in position for name, tensor in part.items()}
 
 
 class _Gathering:
@@ -281,17 +343,12 @@ class _Gathering:
     """
 
     def __init__(self, layout: Layout, leaves: Mapping[str, Tensor], take: Callable[[int, Tensor], None]):
-        self.layout, self.take, self.open = layout, take, False
+        self.layout, self.leaves, self.take = layout, leaves, take
         self.waiting: list[dict[int, Tensor]] = [{} for _ in layout.buckets]
-        for b, bucket in enumerate(layout.buckets):
-            nothing = bucket.like.new_zeros(())
-            for i, name in enumerate(bucket.names):
-                leaves[name].register_hook(self._hook(b, i, nothing))
+        self.handles: list[RemovableHandle] = []
 
     def _hook(self, b: int, i: int, nothing: Tensor):
-        def hook(gradient: Tensor) -> Tensor | None:
-            if not self.open:
-                return None
+        def hook(gradient: Tensor) -> Tensor:
             self.waiting[b][i] = gradient
             if len(self.waiting[b]) == len(self.layout.buckets[b].names):
                 self._hand_over(b)
@@ -305,10 +362,14 @@ class _Gathering:
         self.take(b, flat)
 
     def __enter__(self) -> None:
-        self.open = True
+        for b, bucket in enumerate(self.layout.buckets):
+            nothing = bucket.like.new_zeros(())
+            for i, name in enumerate(bucket.names):
+                self.handles.append(self.leaves[name].register_hook(self._hook(b, i, nothing)))
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.open = False
+        for handle in self.handles:
+            handle.remove()
         if error is None:
             for b, found in enumerate(self.waiting):
                 if found:  # losses do not depend on all of this bucket
@@ -487,8 +548,3 @@ def _checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
             what = "does not require grad" if isinstance(h, Tensor) else f"is {type(h).__name__}"
             raise ValueError(f"hyperparameters[{i}] {what}; each must be a tensor with requires_grad=True")
     return hyperparameters
-
-
-def _some(names: Iterable[str], n: int = 8) -> str:
-    names = list(names)
-    return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -31,7 +31,7 @@ class Slots:
         self.places: dict[int, list[tuple[object, object]]] = {}
         self.originals: list[tuple[object, object, Tensor]] = []
         self.buffers: dict[int, Tensor] = {}
-        self.written: set[int] = set()
+        self.written: set[int] = set()  # weights that their module writes into as it is called
         self.block: object = None  # the innermost one that is open
         for prefix, module in model.named_modules():
             self.modules.append(module)
@@ -63,18 +63,27 @@ class Slots:
         self.places.setdefault(id(tensor), []).append((container, key))
         self.originals.append((container, key, tensor))
 
+    def kept(self) -> list[Tensor]:
+        """What a module may write into as it is called, and what is put back where a model holds its own tensors."""
+        weights = [p for p in self.parameters.values() if id(p) in self.written and type(p) is nn.Parameter]
+        return [b for b in self.buffers.values() if not _overlaps(b)] + weights
+
     @contextmanager
-    def holding(self, tensors: Iterable[tuple[Tensor, Tensor]], buffers: Sequence[Tensor] | None = None):
+    def holding(
+        self, tensors: Iterable[tuple[Tensor, Tensor]], buffers: Sequence[Tensor] | None = None, *, in_place: bool = False
+    ):
         """The model with, for each pair (its own tensor, another one), the other one in place of its own.
 
-        Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that their module writes
-        into as it is called (Embedding with max_norm). Whatever else is done to modules within the block is undone: modes, attributes that are bound anew, entries of lists, dicts and
-        sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been written into.
+        Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that
+        their module writes into as it is called (Embedding with max_norm). in_place: both stay the model's own, and their values
+        are put back. Whatever else is done to modules within the block is undone: modes, attributes that are bound anew, entries
+        of lists, dicts and sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been
+        written into.
         """
         attributes = [(vars(module), dict(vars(module))) for module in self.modules]
         contents = [(container, container.copy()) for container in self.containers]
         plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain] if self.plain else ()
-        tensors, outer = list(tensors), self.block
+        tensors, outer, kept = list(tensors), self.block, []
         self.block = block = object()
 
         def segment():
@@ -83,7 +92,9 @@ class Slots:
             return lambda: nullcontext() if self.block is block else self._again(tensors, modes)
 
         try:
-            if self.buffers:
+            if in_place:
+                kept, values = (own := self.kept()), clones(own)
+            elif self.buffers:
                 own = list(self.buffers.values())
                 tensors += zip(own, copies(own) if buffers is None else buffers)
             for i, (own, other) in enumerate(tensors):
@@ -95,6 +106,8 @@ class Slots:
                 yield
         finally:
             self.block = outer
+            if kept:
+                write(kept, values)
             for container, key, tensor in self.originals:
                 container[key] = tensor
             for now, before in attributes:
@@ -129,6 +142,25 @@ class Slots:
         finally:
             for module, mode in zip(self.modules, before):
                 module.training = mode
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each, the same bits."""
+    result = [torch.empty_like(t, requires_grad=False) for t in tensors]
+    write(result, tensors)
+    return result
+
+
+@torch.no_grad()
+def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Values into tensors, the same bits."""
+    if targets:
+        torch._foreach_copy_(targets, values)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory (an expanded tensor): nothing can be written into those."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -170,3 +202,9 @@ def _refill(container: object, before: object) -> None:
     elif len(container) != len(before) or not all(map(is_, container, before)):
         container.clear()
         container.extend(before)
+
+
+def some(names: Iterable[str], n: int = 8) -> str:
+    """The first of many names, for a message."""
+    names = list(names)
+    return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")

@@ -1,0 +1,114 @@
+"""Candidates in a model's own tensors, one after the other, and in the end what was there before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .noise import Bucket, Position
+from .sharded import Sharding, is_sharded, local
+from .swap import Slots, clones, some, write
+
+
+class InPlace:
+    """The model's own parameters `theta`, or this process's shards of them, written into and put back.
+
+    Autograd's counts of what has been written stay as they are for who holds a graph from before: all values are put back. A
+    graph that outlives its candidate is told from them, and its backward pass raises.
+    """
+
+    def __init__(self, slots: Slots, theta: Sequence[str], hyperparameters: Sequence[Tensor], sharding: Sharding | None):
+        self.slots, self.sharding = slots, sharding
+        self.hyperparameters = {id(h) for h in hyperparameters}
+        self.parameters = {name: slots.parameters[name] for name in theta}
+        self.live = {name: local(p) if is_sharded(p) else p for name, p in self.parameters.items()}
+        self.storages = {_storage(t) for t in self.live.values()}
+        self._check_memory()
+        self.saved: dict[str, Tensor] = {}
+        self.counts = ExitStack()
+
+    def _check_memory(self) -> None:
+        """ValueError for two parameters in one place: what is written into one would be the other's."""
+        seen: dict[tuple[int, int], str] = {}
+        for name, p in self.slots.parameters.items():
+            tensor = local(p)
+            other = seen.setdefault((_storage(tensor), tensor.storage_offset()), name) if tensor.numel() else name
+            if other != name and not self.live.keys().isdisjoint((name, other)):
+                raise ValueError(
+                    f"parameters: {other!r} and {name!r} are two parameters in the same memory, and a candidate in place "
+                    "would be written into both; make them one parameter (tie them), or use strategy='stream', which takes "
+                    "them for two"
+                )
+
+    def save(self) -> None:
+        """Keep what the model holds: one copy of its parameters."""
+        for tensor in (*self.live.values(), *self.slots.kept()):
+            if not tensor.is_inference():
+                self.counts.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+        self.saved = dict(zip(self.live, clones(list(self.live.values()))))
+
+    def restore(self) -> None:
+        """Put it back."""
+        self.hold([self.saved])
+        self.counts.close()
+
+    def apart(self, name: str, tensor: Tensor) -> Tensor:
+        """The same values in a tensor that is not written into: what was saved of them, or another copy."""
+        if _place(tensor) == _place(self.live[name]):
+            return self.saved[name]
+        return tensor.clone() if _storage(tensor) in self.storages else tensor
+
+    def hold(self, position: Position) -> None:
+        """Write a position into the model."""
+        for part in position:
+            write([self.live[name] for name in part], list(part.values()))
+
+    def displacement(self, bucket: Bucket) -> Tensor:
+        """What the model holds, minus the bucket's θ, as a flat tensor."""
+        flat = bucket.zeros()
+        views = bucket.views(flat)
+        write(views, [self.live[name] for name in bucket.names])
+        torch._foreach_sub_(views, bucket.tensors)
+        return flat
+
+    @contextmanager
+    def at(self, position: Position, differentiable: bool):
+        """The model at a position, with or without a graph for its parameters.
+
+        DistributedDataParallel sends no gradients within the block, and FSDP2 gathers parameters anew afterwards.
+        """
+        self.hold(position)
+        for name, p in self.slots.parameters.items():
+            if p.is_leaf and id(p) not in self.hyperparameters:
+                p.requires_grad_(differentiable and name in self.live)
+        counts = self._counts()
+        with ExitStack() as stack:
+            stack.enter_context(self.slots.holding((), in_place=True))
+            if self.sharding is not None:
+                stack.callback(self.sharding.end)
+            for module in self.slots.modules:
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+            yield
+            written = [name for name, count in self._counts().items() if counts[name] != count]
+        if written:
+            raise RuntimeError(
+                f"a loss has written into the model's parameters {some(written)}, and so into those of the candidate that it is for"
+            )
+
+    def _counts(self) -> Mapping[str, int]:
+        """Autograd's, by which writing is noticed."""
+        kept = self.slots.written
+        return {n: t._version for n, t in self.live.items() if not t.is_inference() and id(self.parameters[n]) not in kept}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Where its elements lie."""
+    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
