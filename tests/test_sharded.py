@@ -273,24 +273,29 @@ def test_what_a_loss_writes():
 
 def test_one_copy_of_the_parameters():
     """Guided candidates take no second one: G makes way for it."""
-    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
-    x, weights = torch.randn(512, 256), torch.zeros(512, requires_grad=True)
-    train_loss = lambda m: (weights.sigmoid() * m(x).square().mean(1)).mean()
-    args = (train_loss, lambda m: m(x).square().mean(), model, [weights])
+    model, args = deep(256, 2048)
     peaks = {}
     with pytest.MonkeyPatch.context() as patch:  # many buckets, as a large model has them
         patch.setattr(noise, "BUCKET", 2**16)
         patch.setattr(noise, "PIECE", 2**14)
         for name, step in {
-            "plain": lambda: train_loss(model).backward(inputs=list(model.parameters())),
+            "plain": lambda: args[0](model).backward(inputs=list(model.parameters())),
             "sign": lambda: estimate(args, strategy="in_place"),
             "guided": lambda: estimate(args, strategy="in_place", noise="guided"),
         }.items():
             peaks[name] = peak(step, model)
     size = sum(p.numel() * 4 for p in model.parameters())
     assert 0 < peaks["plain"]
-    for name in ("sign", "guided"):
-        assert peaks[name] < peaks["plain"] + 1.1 * size, (name, (peaks[name] - peaks["plain"]) / size)
+    more = {name: (value - peaks["plain"]) / size for name, value in peaks.items()}
+    assert more["sign"] < 1.1 and more["guided"] < more["sign"] + 0.1, more
+
+
+def deep(width, batch):
+    """A problem in which activations take more than gradients, for candidates too: λ is in front of the network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(width, width), nn.Tanh())])
+    x, shift = torch.randn(batch, width), torch.zeros(width, requires_grad=True)
+    return model, (lambda m: m(x + shift).square().mean(), lambda m: m(x).square().mean(), model, [shift])
 
 
 class Live(TorchDispatchMode):
@@ -315,9 +320,9 @@ class Live(TorchDispatchMode):
 
 
 def peak(step, model):
-    """The least of three times, for gloo's threads may hold what they have sent a little longer."""
+    """The least of two times, for gloo's threads may hold what they have sent a little longer."""
     peaks = []
-    for turn in range(4):  # the first makes what stays
+    for turn in range(3):  # the first makes what stays
         with Live() if turn else contextlib.nullcontext() as live:
             step()
         for p in model.parameters():
@@ -454,20 +459,16 @@ def process(rank, folder):
         seen["error", stage, "after"] = difference_of(estimate(args), expected)
     # memory
     torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise, "BUCKET", 2**14)
         patch.setattr(noise, "PIECE", 2**13)
         patch.setattr(noise, "KEPT", 0)
-        model = nn.Sequential(*[nn.Linear(192, 192) for _ in range(8)])
+        model, args = deep(128, 256)
         size = sum(p.numel() * 4 for p in model.parameters())
-        for layer in model:
+        for layer in model[::2]:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        x, weights = torch.randn(128, 192), torch.zeros(128, requires_grad=True)
-        train_loss = lambda m: (weights.sigmoid() * m(x).square().mean(1)).mean()
-        args = (train_loss, lambda m: m(x).square().mean(), model, [weights])
-        steps = {"plain": lambda: train_loss(model).backward(), "sign": lambda: estimate(args)}
+        steps = {"plain": lambda: args[0](model).backward(), "sign": lambda: estimate(args)}
         steps["guided"] = lambda: estimate(args, noise="guided", inner_lr=0.1)
         steps["guided_sgd"] = lambda: estimate(args, noise="guided", lookahead="sgd", inner_lr=0.1)
         seen["peaks",] = {name: peak(step, model) / (size / 4) for name, step in steps.items()}
@@ -680,8 +681,8 @@ def test_memory_is_a_plain_step_and_a_copy_of_the_shards(seen):
     """In units of a process's shards."""
     for rank in range(4):
         peaks = seen[rank]["peaks",]
-        for name in ("sign", "guided", "guided_sgd"):
-            assert peaks[name] < peaks["plain"] + 1.1, (name, peaks)
+        assert max(peaks.values()) < peaks["plain"] + 1.1, peaks
+        assert peaks["guided"] < peaks["sign"] + 0.1, peaks
 
 
 ELSEWHERE = "sharded models are for evograd.hypergradient with strategy='in_place', its default for them"
