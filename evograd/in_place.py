@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .noise import Bucket, Position
 from .sharded import Sharding, is_sharded, local
@@ -78,7 +78,7 @@ class InPlace:
     def at(self, position: Position, differentiable: bool):
         """The model at a position, with or without a graph for its parameters.
 
-        DistributedDataParallel sends no gradients within the block, and FSDP2 gathers parameters anew afterwards.
+        FSDP2 gathers parameters anew afterwards. DistributedDataParallel sends no gradients that torch.autograd.grad takes.
         """
         self.hold(position)
         for name, p in self.slots.parameters.items():
@@ -89,9 +89,6 @@ class InPlace:
             stack.enter_context(self.slots.holding((), in_place=True))
             if self.sharding is not None:
                 stack.callback(self.sharding.end)
-            for module in self.slots.modules:
-                if isinstance(module, nn.parallel.DistributedDataParallel):
-                    stack.enter_context(module.no_sync())
             yield
             written = [name for name, count in self._counts().items() if counts[name] != count]
         if written:

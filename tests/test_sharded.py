@@ -570,7 +570,7 @@ def wrapped(seen, rank):
         args = problem("inputs", rank, 4)
         args[2].register_buffer("of_rank", torch.tensor(float(rank)))  # DDP sends the first process's buffers to the others
         seen["ddp", setting, "stream"] = estimate(args, group=dist.group.WORLD, share="batch", **SETTINGS[setting])
-        ddp = nn.parallel.DistributedDataParallel(args[2])
+        ddp = nn.parallel.DistributedDataParallel(args[2], static_graph=setting == "odd")
         ddp.module.of_rank.fill_(rank)
         trace = Trace(ddp)
         closures = (lambda m: args[0](ddp)), (lambda m: args[1](ddp))
