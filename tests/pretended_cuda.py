@@ -48,7 +48,7 @@ ONE_DEVICE = "Expected all tensors to be on the same device, but found at least 
 
 @dataclass(frozen=True)
 class Event:
-    """what: a read or a copy, and how.  function: the project's innermost one, with its file.  place: its line, its caller's."""
+    """what: a read or a copy, and how.  function: the innermost one, with its file.  place: its line, and its caller's."""
 
     what: str
     function: str
