@@ -263,14 +263,17 @@ def _twice_differentiable():
     """RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the
     second derivative out without a word."""
 
+    functions = torch._C._functions
+    delayed = functions.DelayedError
+
     def refuse(message: bytes, n: int):
+        if b"once_differentiable" not in message:  # Dynamo makes such nodes too
+            return delayed(message, n)
         raise RuntimeError(
             "double backward through an autograd.Function that is marked once_differentiable. EvoGrad and guided need first "
             "derivatives alone, mixed mode the function's jvp"
         )
 
-    functions = torch._C._functions
-    delayed = functions.DelayedError
     functions.DelayedError = refuse
     try:
         yield

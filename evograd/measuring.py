@@ -14,7 +14,6 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
 
@@ -123,6 +122,8 @@ def peak_bytes(step: Step, first: Step | None = None) -> int:
 
 def flops(step: Step) -> int:
     """Floating-point operations of `step` (matrix products and convolutions; a multiply-add counts as two)."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton
+
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -137,6 +138,8 @@ def launches(step: Step) -> int:
 
 def counts(step: Step) -> tuple[int, int, int]:
     """(peak_bytes, flops, launches) of a step, which runs twice: FLOPs are counted in the first run, the others in the second."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     counter, launched = FlopCounterMode(display=False), Launches()
 
     def first():
