@@ -1,5 +1,7 @@
 """Every estimator as a guest in somebody's model: what it may be, what is done in it, and that it is afterwards what it was."""
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 import pytest
@@ -402,8 +404,10 @@ def sharpness(plain):
     return val_loss
 
 
+@pytest.mark.parametrize("bucket", [2**21, 20])  # θ in one, or in several, whose gradients are dropped on the way
 @pytest.mark.parametrize("strategy", ["stream", "retain", "vmap"])
-def test_a_validation_loss_with_gradients_of_its_own(strategy, float64):
+def test_a_validation_loss_with_gradients_of_its_own(strategy, bucket, monkeypatch, float64):
+    monkeypatch.setattr(importlib.import_module("evograd.noise"), "BUCKET", bucket)
     problem = bilevel("mlp")
     problem.val_loss = sharpness(problem.val_loss)
     settings = dict(n_candidates=3, sigma=0.1, temperature=0.2)
