@@ -3,7 +3,7 @@
     python -m cross_domain_fewshot.compare [--json FILE]                 the paper's size; on a CPU it takes long
     python -m cross_domain_fewshot.compare --fake                        the same without time, on any machine, in a minute
     python -m cross_domain_fewshot.compare --image-size 84 --repeats 3   a size at which a small CPU can take the time
-    python -m cross_domain_fewshot.compare --paper-cost --n-shot 1       a case of the paper's cost figures, see evograd/lab/costs.py
+    python -m cross_domain_fewshot.compare --paper-cost --n-shot 1       a case of the paper's cost figures: resources/cost.sh
 
 A step is the model's update and that of γ and β: RelationNet, 5-way 5-shot, 16 queries, auxiliary batch 16, random pixels.
 "plain" is the model's update alone, with fixed transformations. On a CUDA device the peak is the allocator's; elsewhere

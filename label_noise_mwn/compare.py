@@ -3,7 +3,7 @@
     python -m label_noise_mwn.compare [--json FILE] [--model resnet32] [--width 1] [--n-classes 10] [--channels-last]
     python -m label_noise_mwn.compare --fake --model wrn28_10       without time, on any machine: FLOPs and bytes are counted
                                                                     on tensors that have shapes and no values (FakeTensorMode)
-    python -m label_noise_mwn.compare --paper-cost --width 5        a case of the paper's cost figures, see evograd/lab/costs.py
+    python -m label_noise_mwn.compare --paper-cost --width 5        a case of the paper's cost figures: resources/cost.sh
     python -m label_noise_mwn.compare --variants                    what channels last, torch.compile, CUDA graphs and autocast save
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The cost figures of the paper (3 to 6): one step of EvoGrad, guided, mixed mode, T1-T2 and of training alone in each of their
-# cases, then the table of ratios and the figures. On CUDA seconds and the allocator's peak, one method at a time. On a CPU bytes and
-# FLOPs are counted on tensors without values, and time is taken where no step takes more than a minute: within 20 minutes on two
-# cores. What <experiment>/results/paper_cost.jsonl has is not measured again: remove its line, or the file, for that.
+# cases, then the table of ratios and the figures. On CUDA seconds and the allocator's peak, one method at a time. On a CPU
+# bytes and FLOPs are counted on tensors without values, and time is taken where no step takes more than a minute: within 20
+# minutes on two free cores. What <experiment>/results/paper_cost.jsonl has is not measured again: remove its line, or the file,
+# for that.
 #   bash resources/cost.sh [--print] [--device cpu]
 set -euo pipefail
 source "$(dirname "$0")/caller.sh"

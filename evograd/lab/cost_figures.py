@@ -3,8 +3,8 @@
     bash resources/cost.sh                             measures what is missing, then does the next
     python -m evograd.lab.cost_figures [FILE.jsonl …]  prints the ratios of EvoGrad to T1-T2, and draws the figures
 
-A case of a figure is one record of <experiment>_paper_cost, made by <experiment>.compare --paper-cost; resources/paper_tables.json
-says which cases there are, under "cost_figures". Where no time was measured FLOPs stand in its place, and are marked.
+A case of a figure is one record of <experiment>_paper_cost, made by <experiment>.compare --paper-cost; the cases that there are
+stand in resources/paper_tables.json, under "cost_figures". FLOPs in place of a time that was not measured are marked.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def _lines(axis: plt.Axes, cases: list[dict], what: str, titles: Mapping[str, st
     for method in METHODS:
         for source in ("ours", "paper"):
             own = source == "ours"
-            style = dict(color=COLOUR[method], lw=1.5, ms=5, alpha=1 if own else 0.6, ls="-" if own else "--", marker="os"[not own])
+            style = dict(color=COLOUR[method], lw=1.5, ms=5, alpha=1 if own else 0.6, ls="-" if own else "--")
+            style["marker"] = "o" if own else "s"
             kinds = ("time", FLOPS) if what == "time" else (None,)
             for kind in kinds:
                 points = [(case["parameters"] / 1e6, case[source].get(method)) for case in cases]

@@ -1,7 +1,7 @@
 """One case of the paper's cost figures (3 to 6): what a step of every method costs there.
 
-On CUDA everything is measured. On a CPU bytes and FLOPs are counted on tensors without values, exactly, and time is taken where no
-step takes more than a minute. cost_figures.py draws the records.
+On CUDA everything is measured. On a CPU bytes and FLOPs are counted on tensors without values, exactly, and time is taken where
+no step takes more than a minute. cost_figures.py draws the records.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def counted(make: Callable[[], Step]) -> Cost:
 
 
 def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, Cost], most: int) -> dict[str, float]:
-    """Median seconds of each method's step over at most `most` turns; {} where one would take longer than LIMIT, by its FLOPs."""
+    """Median seconds of each method's step over at most `most` turns; {} where one takes longer than LIMIT, by its FLOPs."""
     plain = costs["plain"].flops
     slowest = max(cost.flops for cost in costs.values())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -53,10 +53,10 @@ def _caption(name: str, captions: dict[str, str], data: dict[str, str]) -> str:
 
 def _kinds(spec: dict) -> set[str]:
     """The kinds of result lines that a table is of."""
-    figures = spec.get("cost_figures", {}).get("figures", [])
-    return {f"{figure['experiment']}_paper_cost" for figure in figures} | {part["experiment"] for t in spec["tables"] for part in (t, *t.get("columns", [])) if "experiment" in part} | {
-        experiment["name"] for experiment in spec["experiments"] if "measures" in experiment
-    }
+    parts = [part for t in spec["tables"] for part in (t, *t.get("columns", []))]
+    kinds = {part["experiment"] for part in parts if "experiment" in part}
+    kinds |= {experiment["name"] for experiment in spec["experiments"] if "measures" in experiment}
+    return kinds | {f"{figure['experiment']}_paper_cost" for figure in spec.get("cost_figures", {}).get("figures", [])}
 
 
 def main(argv: list[str] | None = None) -> None:

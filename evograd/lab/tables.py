@@ -196,7 +196,7 @@ def cost_cases(figure: dict, runs: list[dict]) -> list[dict]:
     """The figure's cases, to each of which is added:
 
     run: its record, None if there is none; of several the last on CUDA, else the last.
-    ours, paper: {method: {gb, seconds_an_epoch, time over that of T1–T2, time_is}}; time_is says whether FLOPs stand in its place.
+    ours, paper: {method: {gb, seconds_an_epoch, time over that of T1–T2, time_is}}; time_is: whether FLOPs stand in its place.
     """
     kind, cases = f"{figure['experiment']}_paper_cost", []
     for case in figure["cases"]:
@@ -236,8 +236,8 @@ def cost_ratios(spec: dict, runs: list[dict], whole: bool = True) -> Table:
             cells = []
             for method in spec["compared"]:
                 ours, paper = (_cost_ratio(case[source], method) for source in ("ours", "paper"))
-                both = zip(ours if case["run"] else (NOT_RUN, NOT_RUN), paper)
-                cells += [cell for own, published in both for cell in ([own, published] if method == spec["published"] else [own])]
+                for own, published in zip(ours if case["run"] else (NOT_RUN, NOT_RUN), paper):
+                    cells += [own, *[published] * (method == spec["published"])]
             rows.append([f"{figure['what']}, {case['label']}", *cells])
             used += [case["run"]] if case["run"] else []
     notes = [spec["note"], *_measured_on(used)]
