@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,7 +84,7 @@ def estimates(
 class Row:
     """What `compare` found of one estimator.
 
-    call: how it was called, but for the closures.  cosine, sign, norm: as of `agreement`, None without an exact hypergradient.
+    call: how it was called, in `evograd`, but for the problem.  cosine, sign, norm: as of `agreement`, None without an exact hypergradient.
     cost: of one hypergradient.  reason: why there is nothing else, if it could not run.
     """
 
@@ -111,7 +112,7 @@ class Comparison:
 
     def __str__(self) -> str:
         ran = [row for row in self.rows if row.cost]
-        header = ["estimator", "cosine", "sign", "norm", "time", "memory", "FLOPs", "launches", "call"]
+        header = ["estimator", "cosine", "sign", "norm", "time", "memory", "FLOPs", "launches", "evograd."]
         lines = [header]
         for row in ran:
             quality = ["–" if v is None else f"{v:.3f}" for v in (row.cosine, row.sign, row.norm)]
@@ -152,7 +153,7 @@ def compare(
     *,
     inner_lr: float,
     parameters: Parameters = None,
-    repeats: int = 3,
+    repeats: int | None = None,
     verbose: bool = True,
 ) -> Comparison:
     """Every estimator on one problem: how well it points the way of exact T1–T2, and what it costs. The model is left as it was.
@@ -165,19 +166,21 @@ def compare(
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
         inner_lr: > 0, η of the SGD step that T1–T2 looks ahead by; the model's learning rate.
         repeats: ≥ 1, timed runs, of which time is the median and agreement the mean. Each estimator runs twice more, to count.
+            Default: 3, or for small models as many as take about ten seconds, at most 30.
         verbose: print the table, and on a terminal what is being measured.
 
     Raises:
         RuntimeError: no estimator could run; with the reason of the first.  ValueError, TypeError: as in `evograd.hypergradient`.
     """
     check_positive("inner_lr", inner_lr)
-    check_count("repeats", repeats)
+    if repeats is not None:
+        check_count("repeats", repeats)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     calls = _calls(inner_lr)
     settings = dict(parameters=parameters)
     found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
     devices = sorted({p.device.index for p in problem.own.values() if p.device.type == "cuda"})
-    show = _Progress(verbose, total=(len(calls) + 1) * (1 + repeats))
+    show = _Progress(verbose)
 
     def plain():
         leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
@@ -190,17 +193,18 @@ def compare(
 
     def drawn(name: str) -> None:
         """One hypergradient of the next set of random draws, kept."""
-        show(name)
+        show(f"timing, {name}, run {len(found[name]) + 1} of {repeats}")
         torch.manual_seed(len(found[name]))
         found[name].append(estimate(name))
 
     exact_counts, reasons, failure = {}, {}, None
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        show("a plain training step")
+        start = time.perf_counter()
+        show("counting, a plain training step")
         plain_counts = measuring.counts(plain)
         for name in calls:
-            show(name)
+            show(f"counting, {name}")
             try:
                 exact_counts[name] = measuring.counts(partial(estimate, name))
             except Exception as error:  # whatever an estimator cannot do with this model is a line of the table
@@ -208,7 +212,9 @@ def compare(
                 reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if not exact_counts:
             raise RuntimeError(f"no estimator could run; {next(iter(calls))}: {next(iter(reasons.values()))}") from failure
-        steps = {"plain": lambda: (show("a plain training step"), plain())} | {name: partial(drawn, name) for name in exact_counts}
+        if repeats is None:  # all estimators have run twice
+            repeats = min(max(int(20 / (time.perf_counter() - start)), 3), 30)
+        steps = {"plain": plain} | {name: partial(drawn, name) for name in exact_counts}
         times = measuring.seconds(steps, repeats, warmup=0)
     show(None)
 
@@ -236,18 +242,18 @@ def compare(
 
 def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
     """{name: (estimator, how it is called, its settings)}; T1–T2 first."""
-    evograd, guided, at = "evograd.hypergradient", dict(noise="guided"), dict(lookahead="sgd")
+    evograd, guided, at = "hypergradient", dict(noise="guided"), dict(lookahead="sgd")
     entries = [
-        (_EXACT, unrolled, "evograd.baselines.unrolled", {}),
-        (_MIXED, mixed_mode, "evograd.mixed_mode", at),
-        ("mixed mode, G at θ", mixed_mode, "evograd.mixed_mode", {}),
+        (_EXACT, unrolled, "baselines.unrolled", {}),
+        (_MIXED, mixed_mode, "mixed_mode", at),
+        ("mixed mode, G at θ", mixed_mode, "mixed_mode", {}),
         ("guided", hypergradient, evograd, guided | at),
         ("guided, G at θ", hypergradient, evograd, guided),
         ("EvoGrad, K = 2", hypergradient, evograd, {}),
         ("EvoGrad, K = 10", hypergradient, evograd, dict(n_candidates=10)),
-        ("finite differences", finite_difference, "evograd.baselines.finite_difference", {}),
-        ("Neumann series", neumann, "evograd.baselines.neumann", {}),
-        ("conjugate gradients", conjugate_gradient, "evograd.baselines.conjugate_gradient", dict(damping=0.1)),
+        ("finite differences", finite_difference, "baselines.finite_difference", {}),
+        ("Neumann series", neumann, "baselines.neumann", {}),
+        ("conjugate gradients", conjugate_gradient, "baselines.conjugate_gradient", dict(damping=0.1)),
     ]
     calls = {}
     for name, function, path, own in entries:
@@ -265,11 +271,9 @@ def _ratios(cost: Cost, over: Cost) -> list[float]:
 class _Progress:
     """On a terminal, one line that says how far it is; nothing elsewhere."""
 
-    def __init__(self, wanted: bool, total: int):
-        self.shown, self.total, self.done = wanted and sys.stderr.isatty(), total, 0
+    def __init__(self, wanted: bool):
+        self.shown = wanted and sys.stderr.isatty()
 
-    def __call__(self, name: str | None) -> None:
+    def __call__(self, text: str | None) -> None:
         if self.shown:
-            text = f"comparing: {self.done} of {self.total}, {name}" if name else ""
-            print(f"\r{text:<60}", end="" if name else "\r", file=sys.stderr, flush=True)
-        self.done += 1
+            print(f"\r{text or '':<70}", end="" if text else "\r", file=sys.stderr, flush=True)

@@ -73,6 +73,10 @@ parts() {
   timed metaxl.compare $(tiny --repeats 1 --length 8) --architectures --out "$(to metaxl cost)"
   [ -n "$TINY" ] || timed label_noise_mwn.compare --model wrn28_10 --repeats 3 --out "$(to label_noise_mwn cost)"
   timed label_noise_mwn.compare --variants $(tiny --repeats 1 --model small --batch-size 10 --methods evograd) --out "$(to label_noise_mwn cost)"
+  # The paper's cost figures, a case a line; afterwards bash resources/cost.sh --device cuda draws them.
+  if [ -z "$TINY" ] && [ -z "$RESULTS" ]; then
+    bash resources/cost.sh --print --device "$DEVICE" | sed 's/^/alone /'
+  fi
   # Label noise at full length.
   if [ -n "$CIFAR10" ]; then
     for seed in $SEEDS; do

@@ -1,13 +1,16 @@
 """How the agreement of two hypergradients is measured, and every estimator compared on a problem of one's own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import evograd
-from evograd import measuring
+from evograd import comparison, measuring
 from evograd.comparison import agreement, estimates
 from evograd.lab.quality import QualityLog
+from resources import comparisons
 
 from .problems import OnceDifferentiable, bilevel
 
@@ -99,7 +102,7 @@ def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
     assert printed.out.startswith(f"guided: cosine 1.000 to T1–T2 at 0.50 of its time and {memory:.2f} of its memory\n")
     columns = next(line for line in printed.out.splitlines()[2:] if line.startswith("guided ")).split()
     assert columns[:5] == ["guided", "1.000", "1.000", "1.000", "2.00"]
-    assert "evograd.hypergradient(noise='guided', lookahead='sgd', inner_lr=0.1)" in printed.out
+    assert "  hypergradient(noise='guided', lookahead='sgd', inner_lr=0.1)" in printed.out
 
 
 def test_compare_says_what_could_not_run_and_what_it_compares_with_then(known_seconds, capsys):
@@ -127,3 +130,19 @@ def test_compare_refuses_what_no_estimator_can_do():
     arguments[3] = [torch.zeros(2, requires_grad=True)]
     with pytest.raises(RuntimeError, match=r"no estimator could run; T1–T2: RuntimeError: hyperparameters\[0\], of shape \(2,\)"):
         evograd.compare(*arguments, inner_lr=0.1, verbose=False)
+
+
+def test_the_shown_comparisons_are_made_by_a_command(known_seconds, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- compare:mlp -->\nold\n<!-- /compare -->\nb\n")
+    comparisons.main(["mlp", "--readme", str(readme)])
+    printed = capsys.readouterr().out
+    assert "T1–T2" in printed and "It took " in printed
+    text = readme.read_text()
+    assert text.startswith("a\n<!-- compare:mlp -->\n```text\nguided") and text.endswith("\n```\n<!-- /compare -->\nb\n")
+    with pytest.raises(SystemExit, match="2"):
+        comparisons.main(["other"])
+    shown = (Path(__file__).parents[1] / "evograd/README.md").read_text(encoding="utf-8")
+    for name in comparisons.PROBLEMS:
+        block = shown.split(f"<!-- compare:{name} -->")[1].split("<!-- /compare -->")[0]
+        assert all(call in block for _, call, _ in comparison._calls(0.1).values())  # of this version, no line left out

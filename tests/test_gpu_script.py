@@ -60,6 +60,11 @@ def test_what_needs_data_is_left_out_without():
     assert not any("cifar10" in arguments and "--data-dir" in arguments or "filelists" in arguments for _, arguments in commands())
 
 
+def test_the_papers_cost_figures_are_a_part():
+    cases = [arguments for module, arguments in commands() if "--paper-cost" in arguments]
+    assert len(cases) == 11 and all(arguments[-2:] == ["--device", "cuda"] for arguments in cases)
+
+
 def test_a_part_is_done_once(tmp_path):
     flags = ("--device", "cpu", "--tiny", "--results", tmp_path, "--only", "rotation.train --method baseline")
     first, second = call(*flags), call(*flags)
