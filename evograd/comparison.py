@@ -100,7 +100,7 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """rows: best choice first.  plain: cost of a training step's forward and backward pass.  exact: whose hypergradient is the
-    measure, "T1–T2", or "mixed mode" where double backward cannot be had, or None.  draws: how many hypergradients were compared.
+    measure, "T1–T2", or "mixed mode" where double backward cannot be had, or None.  draws: of how many, at most, the agreement is the mean.
 
     str() is a table.
     """
@@ -124,7 +124,7 @@ class Comparison:
         plain = f"{self.plain.seconds * 1e3:.1f} ms, {self.plain.peak_bytes / 1e6:.1f} MB, {self.plain.flops / 1e9:.2f} GFLOP"
         text.append(f"Time, memory (peak), FLOPs and launches: over a training step's forward and backward pass ({plain}).")
         if self.exact:
-            text.append(f"Cosine, share of equal signs, and norm over norm: to {self.exact}, mean of {self.draws} draws.")
+            text.append(f"Cosine, share of equal signs, and norm over norm: to {self.exact}, mean of {self.draws} draws at most.")
         if self.exact == _MIXED:
             text.append("T1–T2 by double backward could not run; mixed mode after an SGD step is the same hypergradient.")
         text += [f"{row.name} could not run: {row.reason}" for row in self.rows if row.reason]
@@ -166,7 +166,8 @@ def compare(
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
         inner_lr: > 0, η of the SGD step that T1–T2 looks ahead by; the model's learning rate.
         repeats: ≥ 1, timed runs, of which time is the median and agreement the mean. Each estimator runs twice more, to count.
-            Default: 3, or for small models as many as take about ten seconds, at most 30.
+            Default: 3, or for small models as many as take about ten seconds, at most 30; an estimator that has taken more than
+            ten seconds is not repeated.
         verbose: print the table, and on a terminal what is being measured.
 
     Raises:
@@ -212,10 +213,12 @@ def compare(
                 reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if not exact_counts:
             raise RuntimeError(f"no estimator could run; {next(iter(calls))}: {next(iter(reasons.values()))}") from failure
+        enough = float("inf")
         if repeats is None:  # all estimators have run twice
+            enough = 10.0
             repeats = min(max(int(20 / (time.perf_counter() - start)), 3), 30)
         steps = {"plain": plain} | {name: partial(drawn, name) for name in exact_counts}
-        times = measuring.seconds(steps, repeats, warmup=0)
+        times = measuring.seconds(steps, repeats, warmup=0, enough=enough)
     show(None)
 
     exact = next((name for name in (_EXACT, _MIXED) if name in exact_counts), None)

@@ -153,11 +153,18 @@ def counts(step: Step) -> tuple[int, int, int]:
     return peak_bytes(second, first), counter.get_total_flops(), launched.n
 
 
-def seconds(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them: quote ratios."""
+def seconds(
+    steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2, enough: float = float("inf")
+) -> dict[str, float]:
+    """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them: quote ratios.
+
+    enough: a step that has taken so many seconds in all is not repeated.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + repeats):
         for name, step in steps.items():
+            if sum(times[name]) > enough:
+                continue
             elapsed = _timed(step)
             if turn >= warmup:
                 times[name].append(elapsed)

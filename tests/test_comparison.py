@@ -66,7 +66,7 @@ SECONDS = {"plain": 1.0, "T1–T2": 4.0, "mixed mode": 3.0, "guided": 2.0, "guid
 def known_seconds(monkeypatch):
     """Each step is run as it would be, and takes what SECONDS says, or 9 s."""
 
-    def seconds(steps, repeats, warmup):
+    def seconds(steps, repeats, warmup, enough):
         for _ in range(repeats):
             for step in steps.values():
                 step()

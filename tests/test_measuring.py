@@ -176,3 +176,12 @@ def test_steps_are_made_one_at_a_time_on_cuda(monkeypatch, device):
     makers = {name: lambda: Model().step for name in ("plain", "evograd", "unrolled")}
     assert compare_made(makers, torch.device(device), repeats=3, warmup=1) == dict.fromkeys(makers, Cost(1.0, 2, 3, 4))
     assert most == ([1, 1, 1] if device == "cuda" else [1, 2, 3])
+
+
+def test_a_step_that_has_taken_enough_is_not_repeated(monkeypatch):
+    taken = {"quick": 1.0, "slow": 3.0}
+    calls = []
+    monkeypatch.setattr(measuring, "_timed", lambda step: taken[step()])
+    steps = {name: lambda name=name: calls.append(name) or name for name in taken}
+    assert measuring.seconds(steps, repeats=5, warmup=0, enough=5.0) == taken
+    assert (calls.count("quick"), calls.count("slow")) == (5, 2)
