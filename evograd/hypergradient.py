@@ -6,18 +6,21 @@ arXiv 2106.10575.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .distributed import Shares
+from .distributed import Shares, norm
 from .in_place import InPlace
 from .kinks import Kinks
 from .noise import NOISES, Layout, NoiseFunction, Position, SeededNoise, draw_seeds
+from .precision import Precision
 from .problem import (
     Closure,
     Hypergradient,
@@ -33,6 +36,7 @@ from .problem import (
 
 STRATEGIES = ("stream", "in_place", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
+RESOLVED = 8  # random candidates whose distance from θ, over its norm, is this many eps of low precision are told apart
 
 
 @estimator
@@ -90,7 +94,9 @@ def hypergradient(
             weights at their limit 1/K, which makes the same four moves the central finite difference of the hypergradient
             through one SGD step (T1–T2). It holds one gradient of the model's size, gives the two candidates of each ± pair the
             same random draws, and has nothing to tune.
-        radius: r > 0, how far guided candidates lie from θ. Default: 3e-6 ‖θ‖, which float32 resolves.
+        radius: r > 0, how far guided candidates lie from θ. Default: 3e-6 ‖θ‖, which float32 resolves. In lower precision, of
+            the parameters or by autocast, half of its eps times ‖θ‖ (bfloat16: 0.004 ‖θ‖), and 4 eps where θ is less than half
+            of the parameters (adapters).
         share_kinks: let the second candidate of a guided pair run with the activation pattern of the first, see `evograd.kinks`.
             A difference counts the jumps of ∂ℓ_T/∂λ where a ReLU or the maximum of a pool changes sides between the two, and
             T1–T2 does not.
@@ -128,7 +134,8 @@ def hypergradient(
         Hypergradient: `grads` (aligned with `hyperparameters`), `val_loss` (), `candidate_losses` (K,), `weights` (K,).
 
     Raises:
-        ValueError, TypeError: an argument out of its range, or a loss that is not a scalar.
+        ValueError, TypeError: an argument out of its range, a radius that the losses' precision does not resolve, or a loss
+            that is not a scalar.
         RuntimeError: a hyperparameter on which no loss depends, a loss or a gradient that is NaN or infinite, a loss that writes
             into the model's parameters. With `group` also, in every process: a closure that raised in another one, or generators
             that disagree (no noise is sent, so it must be drawn alike: seed them alike). A process that dies is noticed by
@@ -147,8 +154,9 @@ def hypergradient(
 
     Candidates differ in loss by about σ‖∇ℓ_T‖: evaluate them in float32, not under autocast, and on CUDA without TF32
     (torch.backends.cudnn.allow_tf32, which is True by default, and torch.backends.cuda.matmul.allow_tf32); there is a warning
-    where θ is on CUDA and one of them is on. What train_loss detaches, and
-    depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once,
+    where θ is on CUDA and one of them is on, and where random candidates are too close for lower precision. Guided ones take
+    a radius that it resolves, and are then right to some percent; a smaller one that is given is an error. Autocast inside a
+    compiled graph cannot be seen. What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once,
     at θ, and handed to all of them (the input of label noise's weight net, that of MetaXL's transformation).
     """
     guided = isinstance(noise, str) and noise == "guided"
@@ -159,7 +167,8 @@ def hypergradient(
     lam = problem.lam
     eta = sigma**2 * (n_candidates - 1) / (n_candidates * temperature)  # of the estimate as it comes
 
-    with problem.undisturbed(), Shares(problem, group, share, n_candidates, guided) as shares:
+    precision = problem.precision
+    with problem.undisturbed(), precision.watched(), Shares(problem, group, share, n_candidates, guided) as shares:
         # starts: states of torch's generators, by set of candidates that draw the same random numbers. One process fills
         # them as it goes; those of a group agree on them before.
         if guided:
@@ -174,7 +183,8 @@ def hypergradient(
                 val, direct, gradient = problem.val_gradient(layout, ahead)
             del ahead
             norms = shares.norms(gradient, [p for bucket in layout.buckets for p in bucket.tensors])
-            settings = (n_candidates, radius, share_kinks, common_random_numbers)
+            relative = max(RADIUS, precision.radius)
+            settings = (n_candidates, radius, relative, share_kinks, common_random_numbers)
             candidates = _Guided(layout, gradient, norms, *settings, problem.place)
             del gradient
         else:
@@ -227,6 +237,16 @@ def hypergradient(
         val, total = shares.total(val, lam.flat(direct), weighted)
         grads = problem.grads(total)
         check_finite(candidate_losses, val, grads)
+        if precision.low and not isinstance(val, FakeTensor):
+            if guided:
+                candidates.check_resolved(precision)
+            elif sigma < (enough := RESOLVED * precision.eps * _root_mean_square(problem.theta.values())):
+                warnings.warn(
+                    f"losses are computed in {precision.dtype}, which does not resolve by how much candidates differ at "
+                    f"sigma={sigma!r}: the estimate is rounding in large part. Evaluate them in float32, or take noise='guided' "
+                    f"or sigma={1.1 * enough:.1g}",
+                    stacklevel=3,  # past `estimator`
+                )
     return Hypergradient(grads, val, candidate_losses, weights)
 
 
@@ -276,6 +296,7 @@ class _Guided:
         norms: Sequence[Tensor],
         n_candidates: int,
         radius: float | None,
+        relative: float,
         share_kinks: bool,
         common: bool,
         place: InPlace | None,
@@ -283,13 +304,28 @@ class _Guided:
         self.layout, self.gradient, self.n_candidates = layout, gradient, n_candidates
         self.share_kinks, self.common = share_kinks, common
         self.place, self.held = place, 0  # held: the sign of the step that the model holds
-        self.norm, size = norms  # of G and θ
+        self.norm, self.size = norms  # of G and θ
+        self.chosen = relative if radius is None else None
         if radius is None:
-            self.radius = RADIUS * torch.where(size > 0, size, 1)
+            self.radius = relative * torch.where(self.size > 0, self.size, 1)
         else:
             self.radius = torch.full_like(self.norm, radius)
         self.step = torch.where(self.norm > 0, self.radius / self.norm, 0)  # no gradient, no direction: candidates are θ itself
         self.kinks: Kinks | None = None  # of the pair that is evaluated
+
+    def check_resolved(self, precision: Precision) -> None:
+        """Errors where the two of a pair are so close that their difference is rounding."""
+        if self.chosen is not None and self.chosen < precision.radius:
+            raise RuntimeError(
+                f"train_loss is computed in {precision.dtype}, and val_loss in more digits, by which the radius was chosen; give "
+                f"radius={precision.radius * self.size.item():.2g}, or let both run in the same"
+            )
+        given, least = self.radius.item(), precision.eps / 4 * self.size.item()
+        if self.chosen is None and given < least:
+            raise ValueError(
+                f"radius={given:.2g} is not resolved by {precision.dtype}, in which losses are computed: at least {least:.2g} is "
+                "needed for parameters of this norm; radius=None chooses one"
+            )
 
     def amplitude(self, k: int) -> int:
         return 0 if k == self.n_candidates - 1 and k % 2 == 0 else (1, -1)[k % 2]
@@ -387,6 +423,11 @@ class _Batched:
                 f"strategy='vmap' cannot batch an operation of train_loss: {str(error).splitlines()[0]} "
                 "Use strategy='stream', which takes any operation, or write the operation without it"
             ) from error
+
+
+def _root_mean_square(tensors: Iterable[Tensor]) -> float:
+    tensors = [t for t in tensors if t.numel()]
+    return norm(tensors).item() / max(1, sum(t.numel() for t in tensors)) ** 0.5
 
 
 def _validate_merged(

@@ -65,6 +65,7 @@ class InPlace:
         """Write a position into the model."""
         for part in position:
             write([self.live[name] for name in part], list(part.values()))
+        torch.clear_autocast_cache()  # of what they were, in lower precision
 
     def displacement(self, bucket: Bucket) -> Tensor:
         """What the model holds, minus the bucket's θ, as a flat tensor."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .in_place import InPlace
 from .noise import Layout, Position, on_the_host
+from .precision import Precision
 from .sharded import Sharding, is_sharded, local
 from .swap import Slots, copies, some
 
@@ -109,6 +110,7 @@ class Problem:
                 self.sharding.check(self.theta, self.own, self.hyperparameters)
             self.place = InPlace(self.slots, list(self.theta), self.hyperparameters, self.sharding)
         self.lam = Vector(self.hyperparameters)
+        self.precision = Precision([self.own[name] for name in self.theta], list(self.own.values()))
         tensors = [*self.theta.values(), *self.fixed.values(), *self.hyperparameters]
         devices = {t.device for t in tensors} | ({self.sharding.device} if self.sharding else set())
         self.draws = Draws({device for device in devices if device.type == "cuda"})

@@ -12,8 +12,8 @@ class Caller:
     def __init__(self, model, tensors):
         self.model, self.tensors = model, tensors
 
-    def __call__(self, *args):
-        return functional_call(self.model, self.tensors, args)
+    def __call__(self, *args, **kwargs):
+        return functional_call(self.model, self.tensors, args, kwargs)
 
     def parameters(self):
         return list(self.tensors.values())
@@ -69,3 +69,18 @@ def evograd_reference(
     weights = torch.softmax(-torch.stack(losses) / temperature, dim=0)
     merged = {n: sum(w * (theta[n] + sigma * e[n]) for w, e in zip(weights, epsilon)) for n in theta}
     return torch.autograd.grad(loss(val_loss, merged), hyperparameters)
+
+
+def second_order_reference(problem, inner_lr):
+    """T1–T2 by double backward: gradients for each hyperparameter."""
+    train_loss, val_loss, model, hyperparameters = problem.args()
+    hyper = {id(h) for h in hyperparameters}
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in hyper}
+    theta = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
+
+    def loss(closure, parameters):
+        return closure(Caller(model, {**parameters, **{n: b.clone() for n, b in model.named_buffers()}}))
+
+    slopes = torch.autograd.grad(loss(train_loss, theta), list(theta.values()), create_graph=True)
+    ahead = {n: p - inner_lr * g for (n, p), g in zip(theta.items(), slopes)}
+    return torch.autograd.grad(loss(val_loss, ahead), hyperparameters)

@@ -1,0 +1,84 @@
+"""In how many digits losses are computed: candidates have to differ by more than these resolve."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.amp.autocast_mode import autocast
+
+
+class _OfThisThread(threading.local):
+    watching: tuple[Precision, ...] = ()
+
+
+_here, _lock, _blocks, _enter = _OfThisThread(), threading.Lock(), 0, autocast.__enter__
+
+
+class Precision:
+    """The coarsest type of number that losses are computed in: that of the model's parameters, or of torch.autocast.
+
+    Not seen is what a compiled graph or a module casts by itself.
+    """
+
+    def __init__(self, theta: Collection[Tensor], parameters: Collection[Tensor]):
+        self.dtype = torch.float64
+        self.part = 2 * sum(p.numel() for p in theta) < sum(p.numel() for p in parameters)  # θ is a small part of the network
+        for dtype in {p.dtype for p in parameters}:
+            self._add(dtype)
+
+    def _add(self, dtype: torch.dtype) -> None:
+        # What is smaller than two bytes is how tensors are kept, and not what is computed with.
+        if dtype.is_floating_point and dtype.itemsize > 1 and torch.finfo(dtype).eps > self.eps:
+            self.dtype = dtype
+
+    @property
+    def eps(self) -> float:
+        return torch.finfo(self.dtype).eps
+
+    @property
+    def low(self) -> bool:
+        """Lower than float32."""
+        return self.eps > torch.finfo(torch.float32).eps
+
+    @property
+    def radius(self) -> float:
+        """How far guided candidates have to lie from θ at least, over the norm of θ.
+
+        Measured against float64, with λ in front of the network and behind it: below half of eps rounding shows, far above it
+        curvature. A small part of the network (adapters) has to move further.
+        """
+        return self.eps * (4 if self.part and self.low else 0.5)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Autocast that is on where the block begins, or is entered within it by this thread, counts."""
+        global _blocks
+        self._look()
+        before, _here.watching = _here.watching, (*_here.watching, self)
+        with _lock:
+            _blocks += 1
+            autocast.__enter__ = _entered
+        try:
+            yield
+        finally:
+            _here.watching = before
+            with _lock:
+                _blocks -= 1
+                if _blocks == 0:
+                    autocast.__enter__ = _enter
+
+    def _look(self) -> None:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                self._add(torch.get_autocast_dtype(device))
+
+
+def _entered(self: autocast) -> autocast:
+    result = _enter(self)
+    for precision in _here.watching:
+        precision._look()
+    return result
