@@ -266,8 +266,8 @@ def _twice_differentiable():
     functions = torch._C._functions
     delayed = functions.DelayedError
 
-    def refuse(message: bytes, n: int):
-        if b"once_differentiable" not in message:  # Dynamo makes such nodes too
+    def refuse(message: bytes | str, n: int):
+        if "once_differentiable" not in str(message):  # Dynamo makes such nodes too
             return delayed(message, n)
         raise RuntimeError(
             "double backward through an autograd.Function that is marked once_differentiable. EvoGrad and guided need first "
