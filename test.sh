@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source resources/setup_venv.sh
 
-setup_venv pytest pytest-xdist hypothesis
+setup_venv pytest pytest-xdist hypothesis peft
 echo "== tests: about seven minutes on two cores"
 exec "$PYTHON" -m pytest -n auto --maxprocesses 4 "$@"

@@ -277,6 +277,13 @@ def _twice_differentiable():
     functions.DelayedError = refuse
     try:
         yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("donated buffers", "does not currently support double backward")):
+            raise
+        raise RuntimeError(
+            "double backward through a compiled model, which PyTorch has not; take it uncompiled. EvoGrad and guided need first "
+            "derivatives alone, and mixed mode takes its plain form"
+        ) from error
     finally:
         functions.DelayedError = delayed
 

@@ -156,8 +156,9 @@ def hypergradient(
     (torch.backends.cudnn.allow_tf32, which is True by default, and torch.backends.cuda.matmul.allow_tf32); there is a warning
     where θ is on CUDA and one of them is on, and where random candidates are too close for lower precision. Guided ones take
     a radius that it resolves, and are then right to some percent; a smaller one that is given is an error. Autocast inside a
-    compiled graph cannot be seen. What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between candidates; "guided" comes close to T1–T2 if it is computed once,
-    at θ, and handed to all of them (the input of label noise's weight net, that of MetaXL's transformation).
+    compiled graph cannot be seen. What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between
+    candidates; "guided" comes close to T1–T2 if it is computed once, at θ, and handed to all of them (the input of label
+    noise's weight net, that of MetaXL's transformation).
     """
     guided = isinstance(noise, str) and noise == "guided"
     _check(n_candidates, sigma, temperature, noise, radius, strategy, chunk_size, inner_lr, lookahead, generator, group)
@@ -243,8 +244,8 @@ def hypergradient(
             elif sigma < (enough := RESOLVED * precision.eps * _root_mean_square(problem.theta.values())):
                 warnings.warn(
                     f"losses are computed in {precision.dtype}, which does not resolve by how much candidates differ at "
-                    f"sigma={sigma!r}: the estimate is rounding in large part. Evaluate them in float32, or take noise='guided' "
-                    f"or sigma={1.1 * enough:.1g}",
+                    f"sigma={sigma!r}: the estimate is rounding in large part. Evaluate them in float32, or take "
+                    f"noise='guided' or sigma={1.1 * enough:.1g}",
                     stacklevel=3,  # past `estimator`
                 )
     return Hypergradient(grads, val, candidate_losses, weights)
@@ -317,14 +318,14 @@ class _Guided:
         """Errors where the two of a pair are so close that their difference is rounding."""
         if self.chosen is not None and self.chosen < precision.radius:
             raise RuntimeError(
-                f"train_loss is computed in {precision.dtype}, and val_loss in more digits, by which the radius was chosen; give "
-                f"radius={precision.radius * self.size.item():.2g}, or let both run in the same"
+                f"train_loss is computed in {precision.dtype}, and val_loss in more digits, by which the radius was chosen; "
+                f"give radius={precision.radius * self.size.item():.2g}, or let both run in the same"
             )
         given, least = self.radius.item(), precision.eps / 4 * self.size.item()
         if self.chosen is None and given < least:
             raise ValueError(
-                f"radius={given:.2g} is not resolved by {precision.dtype}, in which losses are computed: at least {least:.2g} is "
-                "needed for parameters of this norm; radius=None chooses one"
+                f"radius={given:.2g} is not resolved by {precision.dtype}, in which losses are computed: at least {least:.2g} "
+                "is needed for parameters of this norm; radius=None chooses one"
             )
 
     def amplitude(self, k: int) -> int:

@@ -38,7 +38,7 @@ def mixed_mode(
     by λ in reverse mode. Where λ enters after the network (sample weights, say) the network itself needs no graph.
     With lookahead="sgd", G is taken at θ − η ∇ℓ_T(θ, λ), and the result is the T1–T2 hypergradient of
     `evograd.baselines.unrolled` to rounding, random draws included. Relative: MixFlow-MG, Kemaev et al., ICML 2025, arXiv
-    2505.00793 (JAX).
+    2505.00793.
 
     Where PyTorch's formulas of forward mode are wrong under reverse mode (batch, layer and instance norm; solve, det, eigh and
     other linear algebra; cumulative products and log-sums) or missing (glu, packed sequences, fused RNNs), others are used:

@@ -103,12 +103,13 @@ def test_a_radius_is_chosen_by_what_has_been_seen():
 def test_random_candidates_are_warned_of(by):
     with pytest.warns(UserWarning, match=r"computed in torch.bfloat16.*sigma=0.001: the estimate is rounding.*or sigma=0.01$"):
         evograd.hypergradient(*low(torch.bfloat16, by).args())
-    expected = evograd.hypergradient(*problem(network().double()).args(), sigma=0.01, generator=torch.Generator().manual_seed(0))
+    seeded = lambda: torch.Generator().manual_seed(0)
+    expected = evograd.hypergradient(*problem(network().double()).args(), sigma=0.01, generator=seeded())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evograd.hypergradient(*problem(network()).args())
         args = low(torch.bfloat16, by).args()
-        found = evograd.hypergradient(*args, sigma=0.01, generator=torch.Generator().manual_seed(0))
+        found = evograd.hypergradient(*args, sigma=0.01, generator=seeded())
     assert cosine(found.grads, [g.double() for g in expected.grads]) > 0.95
 
 
