@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md")), *sorted(ROOT.glob("evograd/*/README.md"))]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md"))]
+READMES += [*sorted(ROOT.glob("evograd/*/README.md")), *sorted(ROOT.glob("resources/*/README.md"))]
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 TABLE = re.compile(r"<!-- table:[\w-]+ -->.*?<!-- /table -->", re.DOTALL)
 EXPERIMENTS = ("rotation", "label_noise_mwn", "cross_domain_fewshot", "metaxl")
@@ -49,7 +50,7 @@ def run(code):
 
 def test_all_readmes_are_looked_at():
     names = {name(readme) for readme in READMES}
-    folders = ("illustration_1d", *EXPERIMENTS, "evograd", "evograd/lab")
+    folders = ("illustration_1d", *EXPERIMENTS, "evograd", "evograd/lab", "resources/examples")
     assert {"README.md", *(f"{folder}/README.md" for folder in folders)} <= names
 
 
@@ -140,6 +141,8 @@ def readers(script):
     """The modules that further arguments of a shell script go to."""
     if script == "resources/quality.sh":
         return [f"{experiment}.train" for experiment in EXPERIMENTS]
+    if script == "resources/examples/run.sh":
+        return [f"resources.examples.{example}" for example in ("data_mixture", "loss_weights", "augmentation")]
     experiment = Path(script).parent.name
     return [f"{experiment}.train"] if script.endswith("/run.sh") else []
 
@@ -180,6 +183,7 @@ def test_variables_before_a_script_are_read_by_it():
 
 def test_flags_that_stand_alone_are_somebodys():
     modules = [f"{experiment}.{script}" for experiment in EXPERIMENTS for script in ("train", "compare")]
+    modules += readers("resources/examples/run.sh")
     modules += ["cross_domain_fewshot.scale", "cross_domain_fewshot.pretrain", "evograd.lab.report", "evograd.lab.figures"]
     scripts = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.sh"), *ROOT.glob("*/*.sh")])
     for readme in READMES:

@@ -1,0 +1,141 @@
+"""The worked examples at reduced size: what they print holds, and what they learn is right."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resources.examples import augmentation, data_mixture, loss_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def records(main, steps, tmp_path):
+    """{method: record} of a run with that many steps."""
+    out = tmp_path / "runs.jsonl"
+    main(["--steps", str(steps), "--seed", "1", "--out", str(out)])
+    return {run["config"]["method"]: run for run in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
+
+
+def values(runs, name):
+    return {method: run["metrics"][name] for method, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return data_mixture.sources()
+
+
+def test_data_mixture(texts, tmp_path, monkeypatch):
+    small = dict(LENGTH=32, BATCH=12, VAL_BATCH=12, META_EVERY=2, META_LR=0.2, sources=lambda: texts)
+    for name, value in small.items():
+        monkeypatch.setattr(data_mixture, name, value)
+    runs = records(data_mixture.main, 250, tmp_path)
+    assert tuple(runs) == data_mixture.METHODS
+    weights, losses = values(runs, "weights"), values(runs, "test_loss")
+    assert weights["learned"] == weights["sampled as learned"]
+    assert weights["learned"]["docstrings"] > 0.5 > weights["learned"]["code"] > weights["learned"]["shuffled"]
+    assert all(weight == pytest.approx(1 / 3) for weight in weights["uniform"].values())
+    assert losses["learned"] < losses["uniform"] and losses["sampled as learned"] < losses["uniform"] - 0.1
+
+
+def test_texts_do_not_overlap(texts):
+    """No docstring of validation or test stands in a source: λ and the figures are of modules that training has not seen."""
+    texts, val, test = texts
+    decode = lambda text: bytes(text.tolist()).decode()
+    source, val, test = decode(texts["docstrings"]), decode(val), decode(test)
+    long = lambda text: [part for part in text.split("\n\n") if len(part) > 200]
+    assert len(long(val)) > 50 and len(long(test)) > 50
+    for own, others in ((long(val), source + test), (long(test), source + val)):
+        assert sum(part in others for part in own) <= 0.05 * len(own)  # modules that copy a sentence from another
+    assert '"""' not in decode(texts["code"])[:100_000]
+    assert sorted(decode(texts["shuffled"])) == sorted(decode(texts["code"]))
+
+
+def test_sampling_follows_the_shares():
+    texts = {name: torch.full((1000,), i) for i, name in enumerate(data_mixture.NAMES)}
+    shares = torch.tensor([0.7, 0.25, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(3)
+    for _ in range(200):
+        batch, source = data_mixture.sample(texts, shares, generator)
+        assert (batch == source[:, None]).all()
+        counts += source.bincount(minlength=3)
+    assert (counts / counts.sum()).tolist() == pytest.approx(shares.tolist(), abs=0.01)
+
+
+def test_data_mixture_sharded_is_that_of_one_process(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_mixture, "sources", lambda: texts)
+    alone = records(data_mixture.main, 9, tmp_path)
+    out = tmp_path / "sharded.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "resources.examples.data_mixture", "--fsdp", "--steps", "9", "--seed", "1", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    sharded = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [run["config"]["processes"] for run in sharded] == [2, 2, 2]
+    for run in sharded:
+        own = alone[run["config"]["method"]]["metrics"]
+        assert run["metrics"]["test_loss"] == pytest.approx(own["test_loss"], rel=1e-3)
+        assert run["metrics"]["weights"] == pytest.approx(own["weights"], rel=1e-3)
+
+
+def test_loss_weights(tmp_path):
+    runs = records(loss_weights.main, 300, tmp_path)
+    assert tuple(runs) == loss_weights.METHODS
+    accuracy, losses, ratio = (values(runs, name) for name in ("test_accuracy", "test_loss", "rare_over_frequent"))
+    assert accuracy["learned"] > accuracy["uniform"] + 3 and losses["learned"] < losses["uniform"]
+    assert accuracy["grid search"] > accuracy["uniform"]
+    assert ratio["uniform"] == pytest.approx(1) and ratio["learned"] > 3
+    assert values(runs, "steps") == {"uniform": 300, "grid search": 2400, "learned": 300, "learned, then fixed": 600}
+
+
+def test_augmentation(tmp_path, monkeypatch):
+    monkeypatch.setattr(augmentation, "N_TRIALS", 2)
+    runs = records(augmentation.main, 300, tmp_path)
+    assert tuple(runs) == augmentation.METHODS
+    accuracy, strengths = values(runs, "test_accuracy"), values(runs, "strengths")
+    assert accuracy["learned"] > accuracy["no augmentation"] + 3
+    assert strengths["learned"]["rotation"] > 0.2 and strengths["learned"]["noise"] > 0.15  # both began at 0.1
+    assert strengths["the true conditions"]["rotation"] == pytest.approx(30 * 3.14159 / 180, rel=1e-3)
+    assert strengths["no augmentation"] == dict.fromkeys(augmentation.NAMES, 0)
+    assert values(runs, "steps")["random search"] == 600
+
+
+def test_augmenting_by_nothing_changes_nothing():
+    images = torch.rand(5, 1, 8, 8)
+    assert torch.allclose(augmentation.augment(images, torch.zeros(4)), images, atol=1e-5)
+    for i in range(4):
+        strengths = torch.zeros(4)
+        strengths[i] = 0.5
+        assert (augmentation.augment(images, strengths) - images).abs().amax((1, 2, 3)).min() > 0.01, augmentation.NAMES[i]
+
+
+@pytest.mark.parametrize("example", [augmentation, data_mixture, loss_weights])
+def test_wrong_arguments_and_splits(example, refused):
+    refused(example.main, ["--steps", "0"], ["--steps", "0 given", "at least 1"])
+    refused(example.main, ["--seed", "-1"], ["--seed", "-1 given"])
+    assert len(Path(example.__file__).read_text(encoding="utf-8").splitlines()) < 150
+    if example is not data_mixture:
+        splits = example.data(3)
+        images = [tuple(x.flatten().tolist()) for x, _ in splits.values() for x in x]
+        assert len(images) > 700 and len(images) - len(set(images)) <= 2  # the data set itself may hold an image twice
+
+
+def test_fsdp_wants_torchrun(refused, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    refused(data_mixture.main, ["--fsdp"], ["--fsdp", "torchrun"])
+
+
+def test_the_shell_script_runs_every_example_with_every_seed():
+    printed = subprocess.run(
+        ["bash", "resources/examples/run.sh", "--print", "--steps", "7"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    found = [re.search(r"resources\.examples\.(\w+) --seed (\d) .* --steps 7$", line).groups() for line in printed]
+    assert sorted(found) == sorted((e, s) for e in ("data_mixture", "loss_weights", "augmentation") for s in "123")
