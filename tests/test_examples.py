@@ -97,7 +97,7 @@ def test_loss_weights(tmp_path):
 
 
 def test_augmentation(tmp_path, monkeypatch):
-    monkeypatch.setattr(augmentation, "N_TRIALS", 2)
+    monkeypatch.setattr(augmentation, "N_TRIALS", 1)
     runs = records(augmentation.main, 300, tmp_path)
     assert tuple(runs) == augmentation.METHODS
     accuracy, strengths = values(runs, "test_accuracy"), values(runs, "strengths")
@@ -105,7 +105,7 @@ def test_augmentation(tmp_path, monkeypatch):
     assert strengths["learned"]["rotation"] > 0.2 and strengths["learned"]["noise"] > 0.15  # both began at 0.1
     assert strengths["the true conditions"]["rotation"] == pytest.approx(30 * 3.14159 / 180, rel=1e-3)
     assert strengths["no augmentation"] == dict.fromkeys(augmentation.NAMES, 0)
-    assert values(runs, "steps")["random search"] == 600
+    assert values(runs, "steps")["random search"] == 300
 
 
 def test_augmenting_by_nothing_changes_nothing():
