@@ -215,7 +215,7 @@ def test_gradient_checkpointing(run):
 def test_images_of_files(run, tmp_path, capsys):
     for domain in "abc":
         write_domain(tmp_path, domain)
-    flags = [*FILES, "--device", "cuda", "--data-dir", str(tmp_path / "lists"), "--seen", "a", "b", "--held-out", "c"]
+    flags = [*FILES, "--device", "cuda", "--data-dir", str(tmp_path / "lists"), "--seen", "a", "b", "--held-out", "c", "--workers", "0"]
     run(fewshot, "evograd_guided", *flags)
 
 
