@@ -5,5 +5,5 @@ cd "$(dirname "$0")"
 source resources/setup_venv.sh
 
 setup_venv pytest pytest-xdist hypothesis peft
-echo "== tests: about nine minutes on two cores"
+echo "== tests: about eight minutes on two cores"
 exec "$PYTHON" -m pytest -n auto --maxprocesses 4 "$@"
