@@ -84,8 +84,8 @@ def estimates(
 class Row:
     """What `compare` found of one estimator.
 
-    call: how it was called, in `evograd`, but for the problem.  cosine, sign, norm: as of `agreement`, None without an exact hypergradient.
-    cost: of one hypergradient.  reason: why there is nothing else, if it could not run.
+    call: how it was called, in `evograd`, but for the problem.  cosine, sign, norm: as of `agreement`, None without an exact
+    hypergradient.  cost: of one hypergradient.  reason: why there is nothing else, if it could not run.
     """
 
     name: str
@@ -100,7 +100,8 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """rows: best choice first.  plain: cost of a training step's forward and backward pass.  exact: whose hypergradient is the
-    measure, "T1–T2", or "mixed mode" where double backward cannot be had, or None.  draws: of how many, at most, the agreement is the mean.
+    measure, "T1–T2", or "mixed mode" where double backward cannot be had, or None.  draws: of how many, at most, the agreement
+    is the mean.
 
     str() is a table.
     """
@@ -178,9 +179,7 @@ def compare(
         check_count("repeats", repeats)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     calls = _calls(inner_lr)
-    settings = dict(parameters=parameters)
     found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
-    devices = sorted({p.device.index for p in problem.own.values() if p.device.type == "cuda"})
     show = _Progress(verbose)
 
     def plain():
@@ -190,7 +189,7 @@ def compare(
 
     def estimate(name: str) -> list[Tensor]:
         function, _, own = calls[name]
-        return function(train_loss, val_loss, model, hyperparameters, **own, **settings).grads
+        return function(train_loss, val_loss, model, hyperparameters, parameters=parameters, **own).grads
 
     def drawn(name: str) -> None:
         """One hypergradient of the next set of random draws, kept."""
@@ -198,8 +197,8 @@ def compare(
         torch.manual_seed(len(found[name]))
         found[name].append(estimate(name))
 
-    exact_counts, reasons, failure = {}, {}, None
-    with torch.random.fork_rng(devices=devices):
+    counted, reasons, failure = {}, {}, None
+    with torch.random.fork_rng(devices=problem.draws.cuda_devices):
         torch.manual_seed(0)
         start = time.perf_counter()
         show("counting, a plain training step")
@@ -207,21 +206,22 @@ def compare(
         for name in calls:
             show(f"counting, {name}")
             try:
-                exact_counts[name] = measuring.counts(partial(estimate, name))
+                counted[name] = measuring.counts(partial(estimate, name))
             except Exception as error:  # whatever an estimator cannot do with this model is a line of the table
                 failure = failure or error
-                reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if not exact_counts:
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                reasons[name] = f"{type(error).__name__}: {first_line}"
+        if not counted:
             raise RuntimeError(f"no estimator could run; {next(iter(calls))}: {next(iter(reasons.values()))}") from failure
         enough = float("inf")
         if repeats is None:  # all estimators have run twice
             enough = 10.0
             repeats = min(max(int(20 / (time.perf_counter() - start)), 3), 30)
-        steps = {"plain": plain} | {name: partial(drawn, name) for name in exact_counts}
+        steps = {"plain": plain} | {name: partial(drawn, name) for name in counted}
         times = measuring.seconds(steps, repeats, warmup=0, enough=enough)
     show(None)
 
-    exact = next((name for name in (_EXACT, _MIXED) if name in exact_counts), None)
+    exact = next((name for name in (_EXACT, _MIXED) if name in counted), None)
     rows = []
     for name, (_, call, _) in calls.items():
         if name in reasons:
@@ -229,7 +229,7 @@ def compare(
             continue
         agreements = [agreement(*pair) for pair in zip(found[name], found[exact])] if exact else []
         quality = {key: statistics.fmean(one[key] for one in agreements) for key in (agreements[0] if exact else ())}
-        rows.append(Row(name, call, **quality, cost=Cost(times[name], *exact_counts[name])))
+        rows.append(Row(name, call, **quality, cost=Cost(times[name], *counted[name])))
 
     def place(row: Row) -> tuple:
         if row.cost is None:
