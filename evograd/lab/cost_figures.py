@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from . import cli, figures
 from .figures import COLOURS
 from .records import read_runs
-from .tables import FLOPS, cost_cases, cost_ratios, to_markdown
+from .tables import FLOPS, cost_cases, cost_ratios, devices, to_markdown
 
 METHODS = ("plain", "evograd", "evograd_guided", "mixed_mode", "second_order")  # from left to right
 COLOUR = {**COLOURS, "plain": COLOURS["baseline"]}
@@ -54,10 +54,9 @@ def plot_figure(spec: dict, titles: Mapping[str, str], runs: list[dict], path: P
             axis.set_xlabel("parameters (million)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    devices = "; ".join(dict.fromkeys(case["run"]["environment"]["device"] for case in cases))
     counted = any(cost["time_is"] == FLOPS for case in cases for cost in case["ours"].values())
     remark = ". Hollow: FLOPs in place of time" if counted else ""
-    figure.suptitle(f"{spec['title']}. Here: {devices}{remark}", fontsize=9, color="#444444", parse_math=False)
+    figure.suptitle(f"{spec['title']}. Here: {devices(case['run'] for case in cases)}{remark}", fontsize=9, color="#444444", parse_math=False)
     figures.save(figure, path)
     return True
 

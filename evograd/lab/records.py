@@ -182,6 +182,11 @@ def settings_key(config: dict, without: Iterable[str] = ()) -> str:
     return json.dumps({k: v for k, v in given(config).items() if k not in without}, sort_keys=True)
 
 
+def known(runs: Iterable[dict], name: str) -> str | None:
+    """A setting that some of the runs, older ones, may not have."""
+    return next(filter(None, (run["config"].get(name) for run in runs)), None)
+
+
 def by_configuration(runs: Iterable[dict], across: Iterable[str] = ("seed",)) -> list[list[dict]]:
     """Runs that differ in nothing but the settings `across`, together.
 
@@ -192,7 +197,7 @@ def by_configuration(runs: Iterable[dict], across: Iterable[str] = ("seed",)) ->
         groups.setdefault(settings_key(run["config"], (*across, *FINGERPRINTS)), []).append(run)
     result: list[list[dict]] = []
     for group in groups.values():
-        first = {name: next(filter(None, (run["config"].get(name) for run in group)), None) for name in FINGERPRINTS}
+        first = {name: known(group, name) for name in FINGERPRINTS}
         parts: dict[tuple[str | None, ...], list[dict]] = {}
         for run in group:
             parts.setdefault(tuple(run["config"].get(name) or first[name] for name in FINGERPRINTS), []).append(run)

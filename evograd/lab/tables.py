@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .methods import ESTIMATORS
-from .records import FINGERPRINTS, by_configuration, mean_std
+from .records import FINGERPRINTS, by_configuration, known, mean_std
 
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
 NOT_RUN = "not run"
@@ -181,9 +181,8 @@ def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bo
         rows.append([row["label"], *cells, f"{second['peak_bytes'] / 1e6:.0f} MB" if second else NOT_RUN])
         used += last
     header.append("T1–T2: peak")
-    devices = dict.fromkeys(run["environment"]["device"] for run in used)
-    if devices:
-        notes.append(f"One step of each method measured side by side on: {'; '.join(devices)}.")
+    if used:
+        notes.append(f"One step of each method measured side by side on: {devices(used)}.")
     return _table(spec, header, rows, used, notes)
 
 
@@ -278,8 +277,12 @@ def _cost_figure(figure: dict, spec: dict, runs: list[dict], whole: bool) -> Tab
 
 
 def _measured_on(runs: list[dict]) -> list[str]:
-    devices = dict.fromkeys(run["environment"]["device"] for run in runs)
-    return [f"Here: {'; '.join(devices)}."] if devices else []
+    return [f"Here: {devices(runs)}."] if runs else []
+
+
+def devices(runs: Iterable[dict]) -> str:
+    """On what they ran."""
+    return "; ".join(dict.fromkeys(run["environment"]["device"] for run in runs))
 
 
 def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict], whole: bool) -> Table:
@@ -325,7 +328,7 @@ def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[
         cells.append(_cell(*found[0], columns[0]) if group or not row else NOT_RUN)
         theirs = [(row or {}).get("paper", {}).get(_key(column)) for column in columns]
         if all(theirs):
-            mean = sum(cell["mean"] for cell in theirs) / len(theirs)
+            mean = _mean(cell["mean"] for cell in theirs)
             published[title] = _cell(mean, theirs[0].get("std") if len(theirs) == 1 else None, columns[0])
         used += [run for mine in chosen for run in mine]
     return [*cells, ", ".join(f"{title} {cell}" for title, cell in published.items()) or "–"], values, used
@@ -450,15 +453,10 @@ def _groups(runs: list[dict], across: Sequence[str]) -> list[tuple[str, list[dic
         same = (*across, *FINGERPRINTS)
         different = [k for k in {**usual, **this} if k not in same and usual.get(k) != this.get(k)]
         if group is not ordered[0] and not different:
-            different = [name for name in FINGERPRINTS if _known(group, name) != _known(ordered[0], name)]
-        values = {k: _known(group, k) if k in FINGERPRINTS else this.get(k) for k in different}
+            different = [name for name in FINGERPRINTS if known(group, name) != known(ordered[0], name)]
+        values = {k: known(group, k) if k in FINGERPRINTS else this.get(k) for k in different}
         result.append(("".join(f", {k} {_text(value)}" for k, value in values.items()), group))
     return result
-
-
-def _known(runs: list[dict], name: str) -> str | None:
-    """A setting that older runs may not have."""
-    return next(filter(None, (run["config"].get(name) for run in runs)), None)
 
 
 def _matches(config: dict, wanted: dict) -> bool:
