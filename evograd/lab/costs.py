@@ -19,8 +19,7 @@ from . import cli
 from .records import find_run, given
 from .tables import named
 
-LIMIT = 60.0  # seconds of a step that are worth waiting for on a CPU
-SLOWER = 1.6  # at most so many times longer than its FLOPs say does double backward take; mixed mode and EvoGrad less
+LIMIT = 60.0  # seconds of a step, by its FLOPs, that are worth waiting for on a CPU
 BUDGET = 90.0  # seconds for the turns of a case; one turn there is in any case
 Makers = Callable[[torch.device], Mapping[str, Callable[[], Step]]]
 
@@ -90,7 +89,7 @@ def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, C
     if max(cost.peak_bytes for cost in costs.values()) > 3 / 4 * memory or slowest / flops_a_second() > LIMIT:
         return {}
     seconds_of_plain = seconds({"plain": makers["plain"]()}, repeats=1, warmup=0)["plain"]
-    if SLOWER * seconds_of_plain * slowest / plain > LIMIT:
+    if seconds_of_plain * slowest / plain > LIMIT:
         return {}
     turn = seconds_of_plain * sum(cost.flops for cost in costs.values()) / plain
     turns = max(1, min(most, int(BUDGET / turn)))
