@@ -93,6 +93,8 @@ def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, C
         return {}
     turn = seconds_of_plain * sum(cost.flops for cost in costs.values()) / plain
     turns = max(1, min(most, int(BUDGET / turn)))
+    if turns == 1:  # one after the other, so that their models are not in memory together
+        return {name: seconds({name: make()}, repeats=1, warmup=0)[name] for name, make in makers.items()}
     warmup = int(turns > 2)  # the first turn of a long step is no slower than the others
     return seconds({name: make() for name, make in makers.items()}, turns - warmup, warmup)
 
