@@ -17,19 +17,24 @@ from typing import NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
-def directional(function: Callable, primals: dict[str, Tensor], tangents: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(function(primals), its derivative along the tangents), to be differentiated further in reverse mode."""
+def directional(
+    function: Callable, primals: dict[str, Tensor], tangents: dict[str, Tensor], model: nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """(function(primals), its derivative along the tangents), to be differentiated further in reverse mode.
+
+    model: what function calls, to see whether there is TorchScript in it that was loaded from a file.
+    """
     # torch.func.jvp, not forward_ad's dual numbers: these overwrite log_softmax's values, which the backward pass needs.
     first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
     replacing = Replacing()
-    looking = Unseen(replacing) if scripted() else None
+    looking = Unseen(replacing) if scripted(model) else None
     with looking or nullcontext(), replacing:
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     if looking and looking.found:
@@ -144,8 +149,10 @@ class Unseen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def scripted() -> bool:
-    """Whether this process has TorchScript that `Unseen` may have to look at: to look at everything takes time."""
+def scripted(model: nn.Module | None) -> bool:
+    """Whether there is TorchScript, made in this process or loaded, that `Unseen` has to look at: to look takes time."""
+    if model is not None and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return True
     functions = torch.jit._state._python_cu.get_functions()
     return _may_hide(len(functions)) or bool(torch.jit._recursive.concrete_type_store.type_store)
 

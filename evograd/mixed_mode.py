@@ -72,7 +72,7 @@ def mixed_mode(
                 return problem.evaluate(train_loss)
 
         with problem.draws.replay(draws), not_recomputed(), explained():
-            loss, slope = directional(loss_at, problem.theta, gradient)
+            loss, slope = directional(loss_at, problem.theta, gradient, model)
             mixed = partial(slope, problem.hyperparameters)
         grads = problem.assemble([direct, [None if g is None else -inner_lr * g for g in mixed]])
         losses = loss.detach().reshape(1)

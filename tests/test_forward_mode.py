@@ -1,6 +1,7 @@
 """Forward mode under reverse mode against double backward: PyTorch's own list of operations, every name of one, its draws."""
 
 import copy
+import subprocess
 import sys
 import types
 import unittest
@@ -363,6 +364,27 @@ def test_what_leaves_no_node_is_refused_too(name, place, float64):
     with pytest.raises(NotImplementedError, match=f"cannot take {words} in forward mode.*TorchScript.*noise='guided'"):
         difference(classification(x, y, place), Applied(torch.jit.script(Hidden(name))), x)
     assert difference(classification(x, y, place), Applied(Hidden(name)), x) < 1e-10  # also while it is looked
+
+
+LOADED = """
+import sys, torch, evograd
+from torch import nn
+model = nn.Sequential(nn.Linear(8, 8), torch.jit.load(sys.argv[1]))
+x, lam = torch.randn(6, 8), torch.rand(6, requires_grad=True)
+try:
+    evograd.mixed_mode(lambda m: (lam * m(x).square().mean(1)).sum(), lambda m: m(x).sum(), model, [lam], inner_lr=0.1)
+except NotImplementedError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_from_a_file_is_looked_at_too(tmp_path):
+    """In a process that has scripted nothing itself."""
+    torch.jit.script(Hidden("dropout")).save(tmp_path / "hidden.pt")
+    command = [sys.executable, "-W", "ignore", "-c", LOADED, str(tmp_path / "hidden.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused: mixed_mode cannot take dropout in forward mode")
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
