@@ -69,11 +69,12 @@ def main(argv=None):
         return
     to_make = makers(args, args.device)
     if args.device.type == "cuda" and not args.fake:
-        found = compare_made(to_make, args.device, args.repeats)
+        found = compare_made(to_make, args.device, args.repeats, **cli.MEASURING)
     else:
-        found = {name: counted(make) for name, make in makers(args, torch.device("cpu")).items()}
+        to_count = list(makers(args, torch.device("cpu")).items())
+        found = {name: counted(make) for name, make in cli.progress(to_count)}
     if args.device.type == "cpu" and not args.fake:
-        times = seconds({name: make() for name, make in to_make.items()}, args.repeats, warmup=1)
+        times = seconds({name: make() for name, make in to_make.items()}, args.repeats, warmup=1, **cli.MEASURING)
         found = {name: replace(cost, seconds=times[name]) for name, cost in found.items()}
     cli.finish_comparison(args, "cross_domain_fewshot", {**config, "fake": args.fake}, found)
 

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Step = Callable[[], object]
+Progress = Callable[[list], Iterable]
 
 
 @dataclass(frozen=True)
@@ -154,20 +155,25 @@ def counts(step: Step) -> tuple[int, int, int]:
 
 
 def seconds(
-    steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2, enough: float = float("inf")
+    steps: Mapping[str, Step],
+    repeats: int = 10,
+    warmup: int = 2,
+    enough: float = float("inf"),
+    progress: Progress = iter,
 ) -> dict[str, float]:
     """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them: quote ratios.
 
-    enough: a step that has taken so many seconds in all is not repeated.
+    enough: a step that has taken so many seconds in all is not repeated, nor warmed up again. progress: goes through the list of
+    all turns, as tqdm does.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + repeats):
-        for name, step in steps.items():
-            if sum(times[name]) > enough:
-                continue
-            elapsed = _timed(step)
-            if turn >= warmup:
-                times[name].append(elapsed)
+    warming = dict.fromkeys(steps, 0.0)
+    for turn, name in progress([(turn, name) for turn in range(warmup + repeats) for name in steps]):
+        if turn < warmup:
+            if warming[name] <= enough:
+                warming[name] += _timed(steps[name])
+        elif sum(times[name]) <= enough:
+            times[name].append(_timed(steps[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -176,27 +182,33 @@ def measure(step: Step, repeats: int = 10, warmup: int = 2) -> Cost:
     return compare({"step": step}, repeats, warmup)["step"]
 
 
-def compare(steps: Mapping[str, Step], repeats: int = 10, warmup: int = 2) -> dict[str, Cost]:
-    """The cost of several steps, side by side."""
-    exact = {name: counts(step) for name, step in steps.items()}
+def compare(
+    steps: Mapping[str, Step],
+    repeats: int = 10,
+    warmup: int = 2,
+    enough: float = float("inf"),
+    progress: Progress = iter,
+) -> dict[str, Cost]:
+    """The cost of several steps, side by side. repeats, warmup, enough, progress: as in `seconds`."""
+    exact = {name: counts(steps[name]) for name in progress(list(steps))}
     fake = detect_fake_mode() is not None
-    times = dict.fromkeys(steps) if fake else seconds(steps, repeats, warmup)
+    times = dict.fromkeys(steps) if fake else seconds(steps, repeats, warmup, enough, progress)
     return {name: Cost(times[name], *exact[name]) for name in steps}
 
 
 def compare_made(
-    makers: Mapping[str, Callable[[], Step]], device: torch.device, repeats: int = 10, warmup: int = 2
+    makers: Mapping[str, Callable[[], Step]], device: torch.device, repeats: int = 10, warmup: int = 2, **settings
 ) -> dict[str, Cost]:
     """The cost of several steps that are yet to be made, by functions without arguments.
 
     On CUDA each is made, measured and dropped before the next one is, so that all have the whole memory of the card. Elsewhere
-    they take turns, see `compare`.
+    they take turns. repeats, warmup, settings: those of `compare`.
     """
     if torch.device(device).type != "cuda" or detect_fake_mode() is not None:
-        return compare({name: make() for name, make in makers.items()}, repeats, warmup)
+        return compare({name: make() for name, make in makers.items()}, repeats, warmup, **settings)
     costs = {}
     for name, make in makers.items():
-        costs |= compare({name: make()}, repeats, warmup)
+        costs |= compare({name: make()}, repeats, warmup, **settings)
         gc.collect()  # models in cycles
         torch.cuda.empty_cache()
     return costs

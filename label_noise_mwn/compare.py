@@ -63,7 +63,7 @@ def variants(args, settings):
         for variant, flags in chosen.items():
             trainer = Trainer(parse_args([*settings, *flags, "--device", str(args.device), "--method", method]), task)
             steps["plain" if method == "cross_entropy" else method, variant] = trainer.step
-    times = seconds(steps, args.repeats, warmup=3)
+    times = seconds(steps, args.repeats, warmup=3, **cli.MEASURING)
     faster = {variant: {} for variant in chosen}
     for (method, variant), time in times.items():
         faster[variant][method] = times[method, "contiguous"] / time
@@ -103,7 +103,7 @@ def main(argv=None):
         return
     to_make = makers(args, settings, args.device)
     with FakeTensorMode(allow_non_fake_inputs=True) if args.fake else nullcontext():
-        found = compare_made(to_make, args.device, args.repeats)
+        found = compare_made(to_make, args.device, args.repeats, **cli.MEASURING)
     cli.finish_comparison(args, "label_noise_mwn", config, found)
 
 

@@ -78,7 +78,7 @@ def architecture_costs(size, length, batch_size, methods=MAIN):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
         cpu = torch.device("cpu")
-        return by_architecture(compare_made(makers(methods, lambda: xlm_r(size), length, batch_size, cpu), cpu))
+        return by_architecture(compare_made(makers(methods, lambda: xlm_r(size), length, batch_size, cpu), cpu, **cli.MEASURING))
 
 
 def parse_comparison(argv):
@@ -114,7 +114,7 @@ def measured(args):
         if length > limit:
             raise ValueError(f"--length {length}: the encoder {encoder_name(args.encoder)} takes {limit} sub-words")
     to_make = makers(args.methods, make_encoder, length, args.batch_size, args.device)
-    found = compare_made(to_make, args.device, args.repeats)
+    found = compare_made(to_make, args.device, args.repeats, **cli.MEASURING)
     return {"encoder": encoder_name(args.encoder), "length": length, "batch_size": args.batch_size}, found
 
 

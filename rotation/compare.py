@@ -21,7 +21,7 @@ def main(argv=None):
     train, val, _ = load("digits", "", args.device)
     make = lambda method: Trainer(parse_args(["--method", method, "--device", str(args.device)]), train, val).step
     makers = {"plain" if m == "baseline" else m: partial(make, m) for m in ("baseline", *args.methods)}
-    costs = compare_made(makers, args.device, args.repeats)
+    costs = compare_made(makers, args.device, args.repeats, **cli.MEASURING)
     cli.finish_comparison(args, "rotation", {"data": "digits", "batch_size": 128}, costs)
 
 

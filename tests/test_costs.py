@@ -145,7 +145,7 @@ def test_time_is_taken_where_no_step_is_too_long(monkeypatch, seconds_of_plain, 
     """FLOPs say that T1-T2 takes four times as long as the plain step. No two long steps are in memory together."""
     asked = []
 
-    def seconds(steps, repeats, warmup):
+    def seconds(steps, repeats, warmup, progress=None):
         asked.append((len(steps), repeats, warmup))
         return dict.fromkeys(steps, seconds_of_plain)
 
@@ -172,7 +172,7 @@ def test_what_is_out_of_reach_is_not_begun(monkeypatch):
 
 
 def test_what_does_not_fit_into_a_card_is_counted(monkeypatch, capsys):
-    def compare_made(makers, device, repeats):
+    def compare_made(makers, device, repeats, enough, progress):
         (name,) = makers
         if name == "second_order":
             raise torch.cuda.OutOfMemoryError

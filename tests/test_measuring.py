@@ -185,3 +185,8 @@ def test_a_step_that_has_taken_enough_is_not_repeated(monkeypatch):
     steps = {name: lambda name=name: calls.append(name) or name for name in taken}
     assert measuring.seconds(steps, repeats=5, warmup=0, enough=5.0) == taken
     assert (calls.count("quick"), calls.count("slow")) == (5, 2)
+    calls.clear()
+    seen = []
+    assert measuring.seconds(steps, 5, warmup=3, enough=2.0, progress=lambda turns: seen.append(len(turns)) or turns) == taken
+    assert (calls.count("quick"), calls.count("slow")) == (3 + 3, 1 + 1)
+    assert seen == [2 * (3 + 5)]

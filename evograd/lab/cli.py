@@ -11,8 +11,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from ..distributed import SHARES
 from ..measuring import Cost, by_architecture
@@ -224,11 +226,16 @@ def say_if_chance(what: str, found: float, labels: Sequence[int], advice: str) -
         print(f"{what}: {found:.2f} % is no more than chance ({100 * share:.2f} %) with these settings. {advice}")
 
 
+progress = partial(tqdm, desc="measuring", unit="step", leave=False, mininterval=1)
+MEASURING = {"enough": 30.0, "progress": progress}  # of a comparison's measurements, see evograd.measuring.seconds
+
+
 def comparison_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags of every script that measures one step of each method."""
     parser = Parser(description=description)
     add_device_argument(parser)
-    parser.add_argument("--repeats", type=at_least(1), default=10, help="timed turns of each method; the median counts")
+    words = "timed turns of each method, of which the median counts; none after a method's first 30 seconds"
+    parser.add_argument("--repeats", type=at_least(1), default=10, help=words)
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(ESTIMATORS), default=list(methods.MAIN), metavar="METHOD", help=", ".join(ESTIMATORS)
     )

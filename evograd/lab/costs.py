@@ -59,13 +59,13 @@ def case_costs(makers: Makers, device: torch.device, repeats: int) -> dict[str, 
     `repeats` is the most turns that are taken.
     """
     if device.type != "cuda":
-        costs = {name: counted(make) for name, make in makers(device).items()}
+        costs = {name: counted(make) for name, make in cli.progress(list(makers(device).items()))}
         times = case_seconds(makers(device), costs, repeats)
         return {name: replace(cost, seconds=times.get(name)) for name, cost in costs.items()}
     costs = {}
     for name, make in makers(device).items():
         try:
-            costs |= compare_made({name: make}, device, repeats)
+            costs |= compare_made({name: make}, device, repeats, **cli.MEASURING)
         except torch.cuda.OutOfMemoryError:
             print(f"{name} does not fit into the card: its bytes and FLOPs are counted")
         if name not in costs:  # outside of the clause, whose error keeps the step's tensors
@@ -94,9 +94,9 @@ def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, C
     turn = seconds_of_plain * sum(cost.flops for cost in costs.values()) / plain
     turns = max(1, min(most, int(BUDGET / turn)))
     if turns == 1:  # one after the other, so that their models are not in memory together
-        return {name: seconds({name: make()}, repeats=1, warmup=0)[name] for name, make in makers.items()}
+        return {name: seconds({name: makers[name]()}, repeats=1, warmup=0)[name] for name in cli.progress(list(makers))}
     warmup = int(turns > 2)  # the first turn of a long step is no slower than the others
-    return seconds({name: make() for name, make in makers.items()}, turns - warmup, warmup)
+    return seconds({name: make() for name, make in makers.items()}, turns - warmup, warmup, progress=cli.progress)
 
 
 def flops_a_second() -> float:
