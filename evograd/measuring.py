@@ -163,8 +163,8 @@ def seconds(
 ) -> dict[str, float]:
     """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them: quote ratios.
 
-    enough: a step that has taken so many seconds in all is not repeated, nor warmed up again. progress: goes through the list of
-    all turns, as tqdm does.
+    enough: a step that has taken so many seconds in all is not repeated, nor warmed up again. progress: goes through the list
+    of all turns, as tqdm does.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     warming = dict.fromkeys(steps, 0.0)

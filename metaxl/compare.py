@@ -78,7 +78,8 @@ def architecture_costs(size, length, batch_size, methods=MAIN):
     """{method: {peak_bytes, flops, peak_over_plain, flops_over_plain}} of a step with XLM-R of this size."""
     with FakeTensorMode():
         cpu = torch.device("cpu")
-        return by_architecture(compare_made(makers(methods, lambda: xlm_r(size), length, batch_size, cpu), cpu, **cli.MEASURING))
+        to_make = makers(methods, lambda: xlm_r(size), length, batch_size, cpu)
+        return by_architecture(compare_made(to_make, cpu, **cli.MEASURING))
 
 
 def parse_comparison(argv):
