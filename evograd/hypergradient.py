@@ -36,6 +36,12 @@ from .problem import (
 
 STRATEGIES = ("stream", "in_place", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
+APART = 8  # so many eps of their type of number are gradients by λ of two candidates to differ by, or the estimate is rounding
+UNRESOLVED = (
+    "hyperparameters[{i}]: the gradients of two candidates by it differ by {apart:.2g} eps of {dtype}, so that the estimate for it is "
+    "rounding in large part, if it acts on the parameters at all. Candidates further apart (noise='guided': radius, random: sigma), "
+    "losses and hyperparameters in more digits, or evograd.mixed_mode, which takes no difference, resolve it"
+)
 RESOLVED = 8  # random candidates whose distance from θ, over its norm, is this many eps of low precision are told apart
 
 
@@ -237,7 +243,12 @@ def hypergradient(
             weighted = lam.flat(partial((own * losses).sum(), problem.hyperparameters))
         val, total = shares.total(val, lam.flat(direct), weighted)
         grads = problem.grads(total)
-        check_finite(candidate_losses, val, grads)
+        apart = lam.apart(*partials[:2]) if list(shares.candidates[:2]) == [0, 1] and streaming else []
+        apart = check_finite(candidate_losses, val, grads, apart)
+        if apart and min(apart) < APART and not precision.low:
+            i = apart.index(min(apart))
+            dtype = problem.hyperparameters[i].dtype
+            warnings.warn(UNRESOLVED.format(i=i, apart=apart[i], dtype=dtype), stacklevel=3)  # past `estimator`
         if precision.low and not isinstance(val, FakeTensor):
             if guided:
                 candidates.check_resolved(precision)
@@ -447,7 +458,8 @@ def _validate_merged(
                 own.append(torch.dot(piece, noise[: len(piece)]).to(weights))
 
     val, direct = problem.gradient(problem.val_loss, epsilon.layout, _merged(epsilon, weights, sigma), take)
-    if not dots[0]:  # val_loss does not depend on θ
+    problem.check_validation(bool(dots[0]), direct)
+    if not dots[0]:
         return val, direct, weights.new_zeros(len(candidates))
     flat = torch.stack([dot for own in dots for dot in own])
     return val, direct, sigma * (flat if len(flat) == len(candidates) else flat.view(len(candidates), -1).sum(1))

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .noise import Bucket, Position
 from .sharded import Sharding, is_sharded, local
-from .swap import Slots, clones, some, write
+from .swap import Slots, StandIn, clones, some, write
 
 
 class InPlace:
@@ -24,6 +24,7 @@ class InPlace:
         self.slots, self.sharding = slots, sharding
         self.hyperparameters = {id(h) for h in hyperparameters}
         self.parameters = {name: slots.parameters[name] for name in theta}
+        self.trained = [p for p in self.parameters.values() if p.requires_grad and type(p) is nn.Parameter]
         self.live = {name: local(p) if is_sharded(p) else p for name, p in self.parameters.items()}
         self.storages = {_storage(t) for t in self.live.values()}
         self._check_memory()
@@ -87,6 +88,8 @@ class InPlace:
                 p.requires_grad_(differentiable and name in self.live)
         counts = self._counts()
         with ExitStack() as stack:
+            if not differentiable:
+                stack.enter_context(_saying(self.trained))
             stack.enter_context(self.slots.holding((), in_place=True))
             if self.sharding is not None:
                 stack.callback(self.sharding.end)
@@ -101,6 +104,26 @@ class InPlace:
         """Autograd's, by which writing is noticed."""
         kept = self.slots.written
         return {n: t._version for n, t in self.live.items() if not t.is_inference() and id(self.parameters[n]) not in kept}
+
+
+class _Trained(nn.Parameter):
+    """A parameter that has no graph for now, and says that it requires grad, see `StandIn`."""
+
+    requires_grad = StandIn.requires_grad
+    requires_grad_ = StandIn.requires_grad_
+    says = True
+
+
+@contextmanager
+def _saying(parameters: list[nn.Parameter]):
+    try:
+        for p in parameters:
+            p.__class__ = _Trained
+        yield
+    finally:
+        for p in parameters:
+            p.__class__ = nn.Parameter
+            vars(p).pop("says", None)
 
 
 def _storage(tensor: Tensor) -> int:

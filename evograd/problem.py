@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from .in_place import InPlace
 from .noise import Layout, Position, on_the_host
 from .precision import Precision
 from .sharded import Sharding, is_sharded, local
-from .swap import Slots, copies, some
+from .swap import Slots, StandIn, copies, some
 
 Closure = Callable[[nn.Module], Tensor]
+_looked: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # code of losses that `Problem._check_place` has seen
 Parameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[str] | None
 
 
@@ -200,8 +202,9 @@ class Problem:
 
         What a loss needs for its backward pass may be computed there (gradient checkpointing), so that belongs inside too.
         """
-        pairs = ((self.own[name], tensor) for name, tensor in (*self.fixed.items(), *parameters.items()))
-        with self.slots.holding(pairs, buffers):
+        own = self.own
+        pairs = [(own[name], StandIn.of(own[name], tensor)) for name, tensor in parameters.items()]
+        with self.slots.holding([*((own[name], tensor) for name, tensor in self.fixed.items()), *pairs], buffers):
             yield
 
     def evaluate(self, closure: Closure) -> Tensor:
@@ -216,7 +219,35 @@ class Problem:
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             )
             raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
+        self._check_place(which, closure, value)
         return value if value.ndim == 0 else value.reshape(())
+
+    def _check_place(self, which: str, closure: Closure, value: Tensor) -> None:
+        """RuntimeError if a loss goes back to the model's own θ, where others stand in their place.
+
+        Looked for once for each model and piece of code: a loss that has passed is made of the same operations the next time.
+        """
+        while torch._C._functorch.is_functorch_wrapped_tensor(value):
+            value = torch._C._functorch.get_unwrapped(value)
+        code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
+        looked = _looked.setdefault(self.model, set())
+        if self.place is not None or value.grad_fn is None or code in looked:
+            return
+        names = {id(self.own[name]): name for name in self.theta}
+        waiting, seen = [value.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                    raise RuntimeError(
+                        f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
+                        "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in "
+                        "a tuple, a nested container or a view. Take them from the model that the loss is given, detach() what "
+                        "is meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
+                    )
+                waiting += [before for before, _ in node.next_functions if before is not None]
+        looked.add(code)
 
     def at(self, position: Position) -> AbstractContextManager:
         """The model at a position, which has no graph of its own."""
@@ -260,7 +291,16 @@ class Problem:
         """(ℓ_V, ∂ℓ_V/∂λ, G = ∂ℓ_V/∂θ) at a position, G whole: one flat tensor for each bucket."""
         flats: dict[int, Tensor] = {}
         value, direct = self.gradient(self.val_loss, layout, at, flats.__setitem__)
+        self.check_validation(bool(flats), direct)
         return value, direct, [flats[b] if b in flats else bucket.zeros() for b, bucket in enumerate(layout.buckets)]
+
+    def check_validation(self, on_theta: bool, direct: Sequence[Tensor | None]) -> None:
+        """RuntimeError if val_loss depends on neither θ nor λ."""
+        if not on_theta and not self.sharding and all(g is None for g in direct):
+            raise RuntimeError(
+                "val_loss depends on neither the parameters of the model that it is given nor the hyperparameters: it is computed "
+                "under torch.no_grad or torch.inference_mode, or on another model"
+            )
 
     def lookahead(self, layout: Layout, lookahead: Parameters | str, inner_lr: float | None) -> Position:
         """Where G is taken: θ itself (None), given parameters, or θ − inner_lr ∇ℓ_T(θ, λ) ("sgd")."""
@@ -427,6 +467,18 @@ class Vector:
             totals.append(total)
         return self.Flat(totals, depends)
 
+    def apart(self, a: Flat, b: Flat) -> list[Tensor]:
+        """‖a_i − b_i‖ / ε‖a_i‖ for each hyperparameter, ε the resolution of its type of number; ∞ where there is no dependence."""
+        result = [torch.full((), math.inf)] * len(self.tensors)
+        for group, members in enumerate(self.groups if a.vectors and b.vectors else ()):
+            sizes = [self.tensors[i].numel() for i in members]
+            whole = torch._foreach_norm(a.vectors[group].split(sizes))
+            apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
+            for i, of, difference in zip(members, whole, apart):
+                resolution = torch.finfo(self.tensors[i].dtype).eps * of
+                result[i] = torch.where(of > 0, difference / resolution, math.inf)
+        return result
+
     def add(self, a: Flat, b: Flat) -> Flat:
         if a.vectors is None or b.vectors is None:
             return b if a.vectors is None else a
@@ -518,13 +570,20 @@ def tf32() -> list[str]:
     return [f"{name}.allow_tf32" for name, flag in flags.items() if on(flag, getattr(flag, "conv", flag))]
 
 
-def check_finite(train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor]) -> None:
-    """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end."""
+def check_finite(
+    train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor], also: Sequence[Tensor] = ()
+) -> list[float]:
+    """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end.
+
+    also: other numbers, which come along.
+    """
     if isinstance(val_loss, FakeTensor) or capturing(val_loss):
-        return
+        return []
     largest = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
     n = len(train_losses)
-    values = torch.cat([train_losses, torch.stack([v.to(train_losses) for v in (val_loss, *largest)])]).tolist()
+    numbers = torch.stack([v.to(train_losses) for v in (val_loss, *largest, *also)])
+    values = torch.cat([train_losses, numbers]).tolist()
+    values, rest = values[: len(values) - len(also)], values[len(values) - len(also) :]
     for k, value in enumerate(values):
         if not math.isfinite(value):
             which = "val_loss" if k == n else f"train_loss of candidate {k}"
@@ -536,6 +595,7 @@ def check_finite(train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor]
             raise NotFinite(
                 f"{which} is {value}; a finite loss is needed (candidates: {values[:n]}, validation: {values[n]})"
             )
+    return rest
 
 
 def _checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:

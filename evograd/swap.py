@@ -18,6 +18,38 @@ CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 SMALL = 2**16  # elements of a plain tensor that is copied, so that what is written into it can be undone
 
 
+class StandIn(Tensor):
+    """What stands in a parameter's place without a graph, and says that it requires grad, as the parameter does.
+
+    A loss that asks for that (weight decay over what is trained, say) then takes it in, and no graph of the network is built.
+    What operations make of it are plain tensors.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    says = True
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.says
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        self.says = requires_grad
+        return Tensor.requires_grad_(self, requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
+
+    @staticmethod
+    def of(own: Tensor, other: Tensor) -> Tensor:
+        """What is to stand in the place of `own`, where that is more than what the other tensor is by itself."""
+        plain = type(other) is Tensor and not other.requires_grad
+        return other.as_subclass(StandIn) if plain and own.requires_grad else other
+
+
 class Slots:
     """Where a model's parameters and buffers stand: under every name of every module, and in modules' own lists and dicts.
 
@@ -99,7 +131,7 @@ class Slots:
                 tensors += zip(own, copies(own) if buffers is None else buffers)
             for i, (own, other) in enumerate(tensors):
                 if id(own) in self.written:
-                    tensors[i] = (own, other := other.clone())
+                    tensors[i] = (own, other := other.clone().as_subclass(type(other)))
                 for container, key in self.places[id(own)]:
                     container[key] = other
             with recomputed_in(segment):

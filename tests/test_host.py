@@ -1,6 +1,9 @@
 """Every estimator as a guest in somebody's model: what it may be, what is done in it, and that it is afterwards what it was."""
 
+import copy
+import functools
 import importlib
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -487,3 +490,142 @@ def test_an_unknown_engine_and_a_missing_package(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'evograd-hypergradients\[baselines\]'"):
         b.unrolled(*args, inner_lr=0.1, engine="higher")
     b.unrolled(*args, inner_lr=0.1)
+
+
+# --- parameters by other ways -------------------------------------------------------------------------------------------
+
+
+def decayed(which):
+    """A loss with a penalty over the parameters that `which` gives of a model, for log λ."""
+    x, y = torch.randn(N, D), torch.randint(C, (N,))
+    log_decay = torch.full((), -3.0, requires_grad=True)
+    return lambda m: F.cross_entropy(m(x), y) + log_decay.exp() * sum(p.square().sum() for p in which(m)), log_decay
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "in_place"])
+def test_a_penalty_over_what_requires_grad(estimator, float64):
+    """Stand-ins say that they do, as the parameters do; those that do not are left out."""
+    model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, C))
+    model[0].bias.requires_grad_(False)
+    x, y = torch.randn(N, D), torch.randint(C, (N,))
+    run = ESTIMATORS.get(estimator, lambda *a, **k: evograd.hypergradient(*a, strategy="in_place", **k))
+    results = []
+    for which in (
+        lambda m: (p for p in m.parameters() if p.requires_grad),
+        lambda m: (m[0].weight, m[2].weight, m[2].bias),
+    ):
+        torch.manual_seed(1)
+        loss, log_decay = decayed(which)
+        results.append(run(loss, lambda m: F.cross_entropy(m(x), y), model, [log_decay]).grads)
+    assert relative_difference(*results) < 1e-12
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def test_stand_ins_can_be_frozen_and_copied(float64):
+    model, (x, y) = nn.Linear(D, C), (torch.randn(N, D), torch.randint(C, (N,)))
+    lam = torch.zeros(N, requires_grad=True)
+    seen = []
+
+    def loss(m):
+        seen.append((m.weight.requires_grad, type(m.weight + 1), type(copy.deepcopy(m).weight)))
+        m.weight.requires_grad = False
+        seen.append(m.weight.requires_grad)
+        m.bias.requires_grad_(False)
+        seen.append(m.bias.requires_grad)
+        return (lam.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean()
+
+    evograd.hypergradient(loss, lambda m: F.cross_entropy(m(x), y), model, [lam])
+    assert seen == [(True, torch.Tensor, torch.Tensor), False, False] * 2
+
+
+class Nested(nn.Module):
+    """Its weights are reached by a tuple, by a list in a dict, by a view, or by a partial function."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.first, self.second = nn.Linear(D, 8), nn.Linear(8, C)
+        weights = [self.first.weight, self.second.weight]
+        self.weights = {"tuple": tuple(weights), "nested": {"all": weights}, "view": [w.view(-1).view_as(w) for w in weights]}.get(by)
+        self.second_layer = functools.partial(F.linear, weight=self.second.weight) if by == "partial" else None
+        self.by = by
+
+    def forward(self, x):
+        if self.by == "partial":
+            return self.second_layer(torch.tanh(self.first(x)))
+        first, second = self.weights["all"] if self.by == "nested" else self.weights
+        return F.linear(torch.tanh(F.linear(x, first)), second)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("by", ["tuple", "nested", "view", "partial", "listed before"])
+def test_a_loss_that_goes_back_to_the_models_own_parameters_is_refused(estimator, by, float64):
+    x, y = torch.randn(N, D), torch.randint(C, (N,))
+    model = nn.Linear(D, C) if by == "listed before" else Nested(by)
+    if by == "listed before":
+        groups = torch.optim.SGD(model.parameters(), lr=0.1).param_groups
+        loss, lam = decayed(lambda m: groups[0]["params"])
+    else:
+        lam = torch.zeros(N, requires_grad=True)
+        loss = lambda m: (lam.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean()
+    for _ in range(2):  # the second time too
+        with pytest.raises(RuntimeError, match="uses the model's own parameter '.*strategy='in_place'"):
+            ESTIMATORS[estimator](loss, lambda m: F.cross_entropy(m(x), y), model, [lam])
+
+
+@pytest.mark.parametrize("by", ["tuple", "nested", "partial", "plain"])
+def test_in_place_they_are_the_same(by, float64):
+    """What the refusal recommends is right."""
+    x, y, lam = torch.randn(N, D), torch.randint(C, (N,)), torch.zeros(N, requires_grad=True)
+    model = Nested(by if by != "plain" else "tuple")
+    plain = lambda m: F.linear(torch.tanh(F.linear(x, m.first.weight)), m.second.weight)
+    if by == "partial":
+        plain = lambda m: F.linear(torch.tanh(m.first(x)), m.second.weight)
+    forward = plain if by == "plain" else lambda m: m(x)
+    weighted = lambda f: lambda m: (lam.sigmoid() * F.cross_entropy(f(m), y, reduction="none")).mean()
+    loss = lambda f: lambda m: F.cross_entropy(f(m), y)
+    settings = dict(noise="guided", inner_lr=ETA, lookahead="sgd")
+    found = evograd.hypergradient(weighted(forward), loss(forward), model, [lam], strategy="in_place", **settings).grads
+    expected = b.unrolled(weighted(plain), loss(plain), model, [lam], inner_lr=ETA).grads
+    assert relative_difference(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS])
+@pytest.mark.parametrize("how", ["no_grad", "another model"])
+def test_a_validation_loss_without_the_model_is_an_error(estimator, how, float64):
+    problem = bilevel("mlp")
+    train, val, model, lam = problem.args()
+    other = copy.deepcopy(model)
+    wrong = torch.no_grad()(val) if how == "no_grad" else lambda m: val(other)
+    with pytest.raises(RuntimeError, match="val_loss depends on neither|does not depend on it"):
+        ESTIMATORS[estimator](train, wrong, model, lam)
+
+
+# --- differences that rounding hides ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("decay of a wide network", {"noise": "guided"}),
+        ("λ in bfloat16", {"noise": "guided"}),
+        ("λ in bfloat16", {}),
+        ("small radius", {"noise": "guided", "radius": 1e-8}),
+        ("small sigma", {"sigma": 1e-9}),
+        ("none", {"noise": "guided"}),
+        ("none", {}),
+    ],
+)
+def test_there_is_a_warning_where_two_candidates_are_not_told_apart(kind, settings):
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 20), torch.randint(3, (64,))
+    lam = torch.zeros(64, requires_grad=True, dtype=torch.bfloat16 if kind == "λ in bfloat16" else torch.float32)
+    loss = lambda m: (lam.float().sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean()
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3))
+    if kind == "decay of a wide network":
+        model = nn.Sequential(nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 3))
+        lam = torch.full((), -3.0, requires_grad=True)
+        loss = lambda m: F.cross_entropy(m(x), y) + lam.exp() * sum(p.square().sum() for p in m.parameters())
+    expected = nullcontext() if kind == "none" else pytest.warns(UserWarning, match=r"hyperparameters\[0\].* eps of .*mixed_mode")
+    with expected:
+        evograd.hypergradient(loss, lambda m: F.cross_entropy(m(x), y), model, [lam], **settings)
