@@ -36,7 +36,6 @@ from .problem import (
 
 STRATEGIES = ("stream", "in_place", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
-APART = 8  # so many eps of their type of number are gradients by λ of two candidates to differ by, or the estimate is rounding
 UNRESOLVED = (
     "hyperparameters[{i}]: the gradients of two candidates by it differ by {apart:.2g} eps of {dtype}, so that the estimate for it is "
     "rounding in large part, if it acts on the parameters at all. Candidates further apart (noise='guided': radius, random: sigma), "
@@ -243,10 +242,11 @@ def hypergradient(
             weighted = lam.flat(partial((own * losses).sum(), problem.hyperparameters))
         val, total = shares.total(val, lam.flat(direct), weighted)
         grads = problem.grads(total)
-        apart = lam.apart(*partials[:2]) if list(shares.candidates[:2]) == [0, 1] and streaming else []
+        # Few parameters may get the same noise twice, and without G there is nothing to tell apart.
+        look = streaming and not precision.low and shares.candidates[:2] == [0, 1] and (guided or epsilon.n_parameters >= 64)
+        apart = lam.apart(*partials[:2], candidates.norm > 0 if guided else None) if look else []
         apart = check_finite(candidate_losses, val, grads, apart)
-        if apart and min(apart) < APART and not precision.low:
-            i = apart.index(min(apart))
+        if (i := problem.unresolved(apart, (noise, radius, sigma))) is not None:
             dtype = problem.hyperparameters[i].dtype
             warnings.warn(UNRESOLVED.format(i=i, apart=apart[i], dtype=dtype), stacklevel=3)  # past `estimator`
         if precision.low and not isinstance(val, FakeTensor):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .in_place import InPlace
 from .noise import Layout, Position, on_the_host
@@ -24,6 +25,8 @@ from .sharded import Sharding, is_sharded, local
 from .swap import Slots, StandIn, copies, some
 
 Closure = Callable[[nn.Module], Tensor]
+APART = 8  # by fewer eps, and a difference is rounding in good part
+_resolved = WeakTensorKeyDictionary()  # λ: settings with which `Problem.unresolved` has seen it resolved
 _looked: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # code of losses that `Problem._check_place` has seen
 Parameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | Iterable[str] | None
 
@@ -335,6 +338,19 @@ class Problem:
                     "val_loss must, or train_loss by a term that the parameters are in too, by operations that autograd records"
                 )
 
+    def unresolved(self, apart: Sequence[float], settings: tuple) -> int | None:
+        """The first λ on whose gradients two candidates have never differed by APART eps with these settings, by `Vector.apart`.
+
+        One that they did differ on once may come near zero where λ is near its best; that is no fault.
+        """
+        found = None
+        for i, (h, value) in enumerate(zip(self.hyperparameters, apart)):
+            if value >= APART:
+                _resolved.setdefault(h, set()).add(settings)
+            elif found is None and settings not in _resolved.get(h, ()):
+                found = i
+        return found
+
     def assemble(self, terms: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
         """The hypergradient as a sum of terms over the hyperparameters; None stands for no dependence."""
         total = self.lam.flat(terms[0])
@@ -467,16 +483,19 @@ class Vector:
             totals.append(total)
         return self.Flat(totals, depends)
 
-    def apart(self, a: Flat, b: Flat) -> list[Tensor]:
-        """‖a_i − b_i‖ / ε‖a_i‖ for each hyperparameter, ε the resolution of its type of number; ∞ where there is no dependence."""
+    def apart(self, a: Flat, b: Flat, meant: Tensor | None) -> list[Tensor]:
+        """‖a_i − b_i‖ / ε‖a_i‖ for each hyperparameter, ε the resolution of its type of number; ∞ where there is no dependence.
+
+        meant: whether a and b were to differ at all, ().
+        """
         result = [torch.full((), math.inf)] * len(self.tensors)
         for group, members in enumerate(self.groups if a.vectors and b.vectors else ()):
             sizes = [self.tensors[i].numel() for i in members]
             whole = torch._foreach_norm(a.vectors[group].split(sizes))
             apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
             for i, of, difference in zip(members, whole, apart):
-                resolution = torch.finfo(self.tensors[i].dtype).eps * of
-                result[i] = torch.where(of > 0, difference / resolution, math.inf)
+                some = of > 0 if meant is None else (of > 0) & meant.to(of.device)
+                result[i] = torch.where(some, difference / (torch.finfo(self.tensors[i].dtype).eps * of), math.inf)
         return result
 
     def add(self, a: Flat, b: Flat) -> Flat:
