@@ -142,7 +142,7 @@ def hypergradient(
         ValueError, TypeError: an argument out of its range, a radius that the losses' precision does not resolve, or a loss
             that is not a scalar.
         RuntimeError: a hyperparameter on which no loss depends, a loss or a gradient that is NaN or infinite, a loss that writes
-            into the model's parameters. With `group` also, in every process: a closure that raised in another one, or generators
+            into the model's parameters, or that goes back to them and not to what stands in their place. With `group` also, in every process: a closure that raised in another one, or generators
             that disagree (no noise is sent, so it must be drawn alike: seed them alike). A process that dies is noticed by
             torch.distributed, at the latest after the timeout of its init_process_group; torchrun ends the others at once. Also
             while a CUDA graph is captured: seeds come from the host, and each replay would take the same directions.
@@ -161,7 +161,8 @@ def hypergradient(
     (torch.backends.cudnn.allow_tf32, which is True by default, and torch.backends.cuda.matmul.allow_tf32); there is a warning
     where θ is on CUDA and one of them is on, and where random candidates are too close for lower precision. Guided ones take
     a radius that it resolves, and are then right to some percent; a smaller one that is given is an error. Autocast inside a
-    compiled graph cannot be seen. What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between
+    compiled graph cannot be seen. There is a warning where the gradients of two candidates by some λ have never differed by
+    8 eps: their difference is rounding then. What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between
     candidates; "guided" comes close to T1–T2 if it is computed once, at θ, and handed to all of them (the input of label
     noise's weight net, that of MetaXL's transformation).
     """
