@@ -244,7 +244,7 @@ def hypergradient(
         val, total = shares.total(val, lam.flat(direct), weighted)
         grads = problem.grads(total)
         # Few parameters may get the same noise twice, and without G there is nothing to tell apart.
-        look = streaming and not precision.low and shares.candidates[:2] == [0, 1] and (guided or epsilon.n_parameters >= 64)
+        look = streaming and not precision.low and shares.candidates[:2] == [0, 1] and (guided or epsilon.layout.n_parameters >= 64)
         apart = lam.apart(*partials[:2], candidates.norm > 0 if guided else None) if look else []
         apart = check_finite(candidate_losses, val, grads, apart)
         if (i := problem.unresolved(apart, (noise, radius, sigma))) is not None:
