@@ -26,11 +26,12 @@ Estimate = Callable[[], Hypergradient]
 def agreement(estimate: Sequence[Tensor], exact: Sequence[Tensor]) -> dict[str, float]:
     """cosine: of the angle between them.  sign: share of the elements with the same sign.  norm: ‖estimate‖ / ‖exact‖.
 
-    Both are lists of tensors of the same shapes. Where a norm is zero the cosine is zero.
+    Both are lists of tensors of the same shapes; complex numbers count as two. Where a norm is zero the cosine is zero.
     """
     if [g.shape for g in estimate] != [g.shape for g in exact]:
         raise ValueError(f"shapes differ: {[tuple(g.shape) for g in estimate]} and {[tuple(g.shape) for g in exact]}")
-    a, b = (torch.cat([g.detach().double().reshape(-1) for g in gradient]) for gradient in (estimate, exact))
+    real = lambda g: torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    a, b = (torch.cat([real(g.detach()).double().reshape(-1) for g in gradient]) for gradient in (estimate, exact))
     norms = a.norm() * b.norm()
     return {
         "cosine": ((a @ b) / norms).item() if norms > 0 else 0.0,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .noise import draw_seeds
-from .problem import Problem, Vector
+from .problem import Problem, Vector, exactly
 
 SHARES = ("candidates", "batch")
 FAILED = -1.0
@@ -52,7 +52,7 @@ class Shares:
         self.device = sharding.device if sharding is not None else next(iter(problem.theta.values())).device
         self.seed = 0
         # What is still to be sent. The last message begins with one number from each process: its seed, or FAILED.
-        n_last = self.size + 1 + sum(h.numel() for h in problem.hyperparameters)
+        n_last = self.size + 1 + sum(h.numel() * (1 + h.is_complex()) for h in problem.hyperparameters)
         n = n_candidates + self.padding
         norms = [2] if guided and sharding is not None else []
         self.unsent = norms + ([n] if guided else [n, n]) + [n_last] if self.groups else []
@@ -121,16 +121,19 @@ class Shares:
         message = self._buffer()
         head, body = message[: self.size], message[self.size :]
         head[self.rank] = self.seed
-        torch.cat([(val.double() / self.size).reshape(1).to(body), *(v.to(body) for v in own.vectors)], out=body)
+        parts = [torch.view_as_real(v).view(-1) if v.is_complex() else v for v in own.vectors]
+        torch.cat([(val.double() / self.size).reshape(1).to(body), *(p.to(body) for p in parts)], out=body)
         self._sum(message)
         self.seeds_seen = head
-        total, *vectors = body.split([1, *(v.numel() for v in own.vectors)])
+        total, *sums = body.split([1, *map(len, parts)])
+        # A complex view has to begin at an even element, which a part of a message need not.
+        vectors = [torch.view_as_complex(s.clone().view(-1, 2)) if v.is_complex() else s for s, v in zip(sums, own.vectors)]
         total = torch.where((head == head[0]).all(), total[0], torch.nan)  # check_finite then raises, on every process
         return total.to(val), Vector.Flat([v.to(o.device) for v, o in zip(vectors, own.vectors)], own.depends)
 
     @staticmethod
     def _scaled(flat: Vector.Flat, factor: float) -> Vector.Flat:
-        return flat if flat.vectors is None else Vector.Flat([v.double() * factor for v in flat.vectors], flat.depends)
+        return flat if flat.vectors is None else Vector.Flat([exactly(v) * factor for v in flat.vectors], flat.depends)
 
     def _buffer(self) -> Tensor:
         return torch.zeros(self.unsent[0], dtype=torch.float64, device=self.device)

@@ -435,7 +435,7 @@ class _Gathering:
 
 
 class Vector:
-    """λ, and gradients by it, end to end: one vector for each device."""
+    """λ, and gradients by it, end to end: one vector for each device, and another one there for complex λ."""
 
     class Flat(NamedTuple):
         """vectors: None where nothing depends.  depends: on which hyperparameters."""
@@ -445,9 +445,9 @@ class Vector:
 
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = list(tensors)
-        groups: dict[torch.device, list[int]] = {}
+        groups: dict[tuple[torch.device, bool], list[int]] = {}
         for i, tensor in enumerate(self.tensors):
-            groups.setdefault(tensor.device, []).append(i)
+            groups.setdefault((tensor.device, tensor.is_complex()), []).append(i)
         self.groups = list(groups.values())
 
     def flat(self, grads: Sequence[Tensor | None]) -> Flat:
@@ -464,7 +464,7 @@ class Vector:
         return self.Flat(vectors, depends)
 
     def weighted_sum(self, coefficients: Tensor, flats: Sequence[Flat]) -> Flat:
-        """Σ_k c_k f_k, in float64, where the device has it.
+        """Σ_k c_k f_k, in double precision, where the device has it.
 
         The c_k of candidates sum to zero, and what is left may be a thousandth of the terms.
         """
@@ -473,12 +473,10 @@ class Vector:
             return self.Flat(None, depends)
         totals: list[Tensor] = []
         for group, members in enumerate(self.groups):
-            first = self.tensors[members[0]]
-            exact = dict(device=first.device, dtype=first.dtype if first.is_mps else torch.float64)
             total = None
-            for c, flat in zip(coefficients.to(**exact).unbind(), flats):
+            for c, flat in zip(exactly(coefficients.to(self.tensors[members[0]].device)).unbind(), flats):
                 if flat.vectors is not None:
-                    term = flat.vectors[group].to(**exact)
+                    term = exactly(flat.vectors[group])
                     total = term * c if total is None else total.addcmul_(term, c)
             totals.append(total)
         return self.Flat(totals, depends)
@@ -559,6 +557,13 @@ def partial(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
     if not loss.requires_grad:
         return [None] * len(inputs)
     return list(torch.autograd.grad(loss, inputs, allow_unused=True))
+
+
+def exactly(tensor: Tensor) -> Tensor:
+    """In double precision, real or complex as it is; unchanged where the device has none."""
+    if tensor.is_mps:
+        return tensor
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def check_positive(name: str, value: float) -> None:

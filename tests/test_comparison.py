@@ -22,6 +22,8 @@ def test_agreement_is_over_all_hyperparameters_as_one_vector():
     other = agreement([torch.tensor([4.0, 0.0]), torch.tensor([[-3.0]])], exact)
     assert other == pytest.approx({"cosine": 0, "sign": 2 / 3, "norm": 1})
     assert agreement([-g for g in exact], exact)["cosine"] == pytest.approx(-1)
+    turned = agreement([torch.tensor([1 + 1j])], [torch.tensor([1 - 1j])])  # complex numbers are pairs
+    assert turned == pytest.approx({"cosine": 0, "sign": 1 / 2, "norm": 1}, abs=1e-12)
 
 
 def test_a_zero_has_no_direction():

@@ -57,6 +57,28 @@ def test_every_dtype_of_result():
     assert not any(t.requires_grad for t in [*result.grads, result.val_loss, result.candidate_losses, result.weights])
 
 
+@pytest.mark.parametrize("strategy", ["stream", "in_place", "retain", "vmap"])
+@pytest.mark.parametrize("noise", ["sign", "guided"])
+def test_complex_hyperparameters_are_pairs_of_real_ones(noise, strategy, float64):
+    """dℓ_V/dz = dℓ_V/d Re z + i dℓ_V/d Im z, beside a real λ on the same device."""
+    if (noise, strategy) == ("guided", "vmap"):
+        return
+    problem, x, y = bilevel("mlp"), torch.randn(9, 5), torch.randint(3, (9,))
+    z, scale = torch.randn(5, dtype=torch.complex128, requires_grad=True), torch.rand(9, requires_grad=True)
+    real = [z.detach().real.clone().requires_grad_(), z.detach().imag.clone().requires_grad_()]
+    train = lambda re, im: lambda m: (scale * F.cross_entropy(m(x * re + im * im), y, reduction="none")).mean()
+
+    def grads(loss, lam):
+        torch.manual_seed(1)
+        return evograd.hypergradient(loss, problem.val_loss, problem.model, [*lam, scale], noise=noise, strategy=strategy).grads
+
+    dz, other = grads(lambda m: train(z.real, z.imag)(m), [z])
+    re, im, same = grads(train(*real), real)
+    torch.testing.assert_close(dz, torch.complex(re, im), rtol=1e-9, atol=0)
+    torch.testing.assert_close(other, same, rtol=1e-9, atol=0)
+    assert im.norm() > 0.1 * re.norm() > 0
+
+
 def test_reproducible_bit_for_bit():
     problem = bilevel("dropout")
 
