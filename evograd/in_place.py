@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .noise import Bucket, Position
 from .sharded import Sharding, is_sharded, local
-from .swap import Slots, StandIn, clones, some, write
+from .swap import Slots, StandIn, clones, meeting, some, storage, write
 
 
 class InPlace:
@@ -26,22 +26,18 @@ class InPlace:
         self.parameters = {name: slots.parameters[name] for name in theta}
         self.trained = [p for p in self.parameters.values() if p.requires_grad and type(p) is nn.Parameter]
         self.live = {name: local(p) if is_sharded(p) else p for name, p in self.parameters.items()}
-        self.storages = {_storage(t) for t in self.live.values()}
-        self._check_memory()
+        self.storages = {storage(t) for t in self.live.values()}
+        self._check_memory(hyperparameters)
         self.saved: dict[str, Tensor] = {}
         self.counts = ExitStack()
 
-    def _check_memory(self) -> None:
-        """ValueError for two parameters in one place: what is written into one would be the other's."""
-        seen: dict[tuple[int, int], str] = {}
-        for name, p in self.slots.parameters.items():
-            tensor = local(p)
-            other = seen.setdefault((_storage(tensor), tensor.storage_offset()), name) if tensor.numel() else name
-            if other != name and not self.live.keys().isdisjoint((name, other)):
+    def _check_memory(self, hyperparameters: Sequence[Tensor]) -> None:
+        """ValueError for λ in the memory of θ: a candidate would be written into both."""
+        for name, i in meeting({**self.live, **dict(enumerate(hyperparameters))}):
+            if name in self.live and i not in self.live:
                 raise ValueError(
-                    f"parameters: {other!r} and {name!r} are two parameters in the same memory, and a candidate in place "
-                    "would be written into both; make them one parameter (tie them), or use strategy='stream', which takes "
-                    "them for two"
+                    f"hyperparameters[{i}] is in the memory of the parameter {name!r}, and a candidate in place would be written "
+                    "into both; give it memory of its own, h.detach().clone().requires_grad_(), or use strategy='stream'"
                 )
 
     def save(self) -> None:
@@ -60,7 +56,7 @@ class InPlace:
         """The same values in a tensor that is not written into: what was saved of them, or another copy."""
         if _place(tensor) == _place(self.live[name]):
             return self.saved[name]
-        return tensor.clone() if _storage(tensor) in self.storages else tensor
+        return tensor.clone() if storage(tensor) in self.storages else tensor
 
     def hold(self, position: Position) -> None:
         """Write a position into the model."""
@@ -126,10 +122,6 @@ def _saying(parameters: list[nn.Parameter]):
             vars(p).pop("says", None)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def _place(tensor: Tensor) -> tuple:
     """Where its elements lie."""
-    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()

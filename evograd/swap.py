@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import is_
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .noise import on_the_host
 from .recomputation import recomputed_in
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -188,6 +190,50 @@ def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Values into tensors, the same bits."""
     if targets:
         torch._foreach_copy_(targets, values)
+
+
+def meeting(tensors: Mapping[Hashable, Tensor]) -> Iterator[tuple[Hashable, Hashable]]:
+    """Names of any two that have an element in the same memory, in the mapping's order."""
+    found: dict[int, list[Hashable]] = {}
+    for name, tensor in tensors.items():
+        # Others have no storage of their own: sparse ones, or a subclass that wraps several.
+        if tensor.layout is torch.strided and (type(tensor) is nn.Parameter or not is_traceable_wrapper_subclass(tensor)):
+            found.setdefault(storage(tensor), []).append(name)
+    for names in found.values():
+        if len(names) > 1:
+            places = sorted((*_span(tensors[name]), i) for i, name in enumerate(names) if tensors[name].numel())
+            open_ones: list[tuple[int, int, int]] = []
+            for place in places:
+                open_ones = [other for other in open_ones if other[1] > place[0]]
+                for i, j in (sorted((other[2], place[2])) for other in open_ones):
+                    if _meet(tensors[names[i]], tensors[names[j]]):
+                        yield names[i], names[j]
+                open_ones.append(place)
+
+
+def storage(tensor: Tensor) -> int:
+    """The same number for tensors in the same storage."""
+    return tensor.untyped_storage()._cdata
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Bytes of the storage, from the first that is the tensor's to behind the last."""
+    start, size = tensor.storage_offset(), tensor.element_size()
+    return start * size, (start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride()))) * size
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two whose spans meet have an element in common: columns of one matrix have none."""
+    if a.dtype != b.dtype or a.is_contiguous() or b.is_contiguous():
+        return True
+    places = []
+    with on_the_host():
+        for t in (a, b):
+            place = torch.tensor(t.storage_offset())
+            for n, stride in zip(t.shape, t.stride()):
+                place = place[..., None] + stride * torch.arange(n)
+            places.append(place.flatten())
+        return bool(torch.isin(*places).any())
 
 
 def _overlaps(tensor: Tensor) -> bool:

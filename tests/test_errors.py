@@ -100,3 +100,27 @@ def test_a_hyperparameter_of_the_model_is_never_perturbed():
     problem.model.register_parameter("unused", unused)
     with pytest.raises(RuntimeError, match=r"hyperparameters\[0\] \('unused'\)"):
         evograd.hypergradient(problem.train_loss, problem.val_loss, problem.model, [unused])
+
+
+@pytest.mark.parametrize("memory", [lambda b: b, lambda b: b[2:4], lambda b: b.view(torch.int64).view(torch.float64)])
+def test_hyperparameters_in_the_memory_of_a_parameter_are_refused_in_place(memory):
+    problem = bilevel("mlp")
+    lam = memory(problem.model[0].bias.detach()).requires_grad_()
+    loss = lambda m: lam.exp().sum() * problem.train_loss(m)
+    with pytest.raises(ValueError, match=r"hyperparameters\[1\] is in the memory of the parameter '0.bias'.*strategy='stream'"):
+        call(train_loss=loss, model=problem.model, hyperparameters=[*problem.hyperparameters, lam], strategy="in_place")
+    call(train_loss=loss, model=problem.model, hyperparameters=[lam])
+
+
+def test_hyperparameters_beside_parameters_in_one_storage_are_taken_in_place():
+    """Views that have no element in common: the columns of one matrix."""
+    problem = bilevel("mlp")
+    columns = torch.rand(len(problem.model[0].bias), 2, dtype=torch.float64)
+    problem.model[0].bias = nn.Parameter(columns[:, 0])
+    lam = columns[:, 1].requires_grad_()
+    loss = lambda m: lam.exp().sum() * problem.train_loss(m)
+    grads = []
+    for strategy in ("stream", "in_place"):
+        torch.manual_seed(0)
+        grads += call(train_loss=loss, model=problem.model, hyperparameters=[lam], strategy=strategy).grads
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=0)
