@@ -17,7 +17,7 @@ from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
-from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_positive
+from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_positive, checked_hyperparameters, kept
 from .problem import partial as partial_derivatives
 
 Estimate = Callable[[], Hypergradient]
@@ -57,7 +57,8 @@ def estimates(
     with G at θ, after one SGD step (…_sgd), and after the step that was made (…_made), where its parameters `made` are given.
     generator: EvoGrad's directions are drawn from it, so that they take nothing from what the losses draw (dropout, say).
     """
-    problem = (train_loss, val_loss, model, hyperparameters)
+    parameters, made = kept(parameters), kept(made)
+    problem = (train_loss, val_loss, model, checked_hyperparameters(hyperparameters))
     common = dict(inner_lr=inner_lr, parameters=parameters)
     evograd = partial(hypergradient, *problem, generator=generator, **common)
     guided = partial(hypergradient, *problem, noise="guided", **common)
@@ -178,7 +179,9 @@ def compare(
     check_positive("inner_lr", inner_lr)
     if repeats is not None:
         check_count("repeats", repeats)
+    parameters = kept(parameters)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
+    hyperparameters = problem.hyperparameters
     calls = _calls(inner_lr)
     found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
     show = _Progress(verbose)

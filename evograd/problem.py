@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -97,7 +97,7 @@ class Problem:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
-        self.hyperparameters = _checked_hyperparameters(hyperparameters)
+        self.hyperparameters = checked_hyperparameters(hyperparameters)
         self.sharding = Sharding.of(model)
         self.slots = Slots(model)
         self.own = self.slots.parameters
@@ -622,7 +622,12 @@ def check_finite(
     return rest
 
 
-def _checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
+def kept(parameters: Parameters | str) -> Parameters | str:
+    """The same for several calls: an iterator (model.named_parameters()) is used up by the first."""
+    return list(parameters) if isinstance(parameters, Iterator) else parameters
+
+
+def checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(hyperparameters, (Tensor, nn.Module)):
         hint = "[tensor]" if isinstance(hyperparameters, Tensor) else "list(module.parameters())"
         raise TypeError(f"hyperparameters must be a sequence of tensors, not {type(hyperparameters).__name__}; write {hint}")

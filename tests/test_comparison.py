@@ -107,6 +107,18 @@ def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
     assert "  hypergradient(noise='guided', lookahead='sgd', inner_lr=0.1)" in printed.out
 
 
+def test_iterators_last_for_every_estimator(known_seconds):
+    """model.named_parameters() and net.parameters(), as one would write them."""
+    problem = bilevel("mlp")
+    arguments, given = problem.args()[:3], lambda: problem.model.named_parameters()
+    result = evograd.compare(*arguments, iter(problem.hyperparameters), inner_lr=0.1, parameters=given(), repeats=1, verbose=False)
+    assert [row.reason for row in result.rows] == [None] * len(result.rows)
+    settings = dict(inner_lr=0.1, generator=torch.Generator(), parameters=given(), made=given())
+    every = estimates(*arguments, iter(problem.hyperparameters), **settings)
+    for name in ("exact", "mixed_made", "guided_made", "neumann"):
+        assert every[name]().grads[0].shape == problem.hyperparameters[0].shape
+
+
 def test_compare_says_what_could_not_run_and_what_it_compares_with_then(known_seconds, capsys):
     """An operation without double backward: no T1–T2, but mixed mode, which is the same."""
     problem = bilevel("mlp")
