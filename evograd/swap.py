@@ -110,7 +110,7 @@ class Slots:
 
         Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that
         their module writes into as it is called (Embedding with max_norm). in_place: both stay the model's own, and their values
-        are put back. Whatever else is done to modules within the block is undone: modes, attributes that are bound anew, entries
+        are put back, without the graph of what was written into them. Whatever else is done to modules within the block is undone: modes, attributes that are bound anew, entries
         of lists, dicts and sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been
         written into.
         """
@@ -118,6 +118,7 @@ class Slots:
         contents = [(container, container.copy()) for container in self.containers]
         plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain] if self.plain else ()
         tensors, outer, kept = list(tensors), self.block, []
+        graphs = [(tensor, tensor.grad_fn) for _, _, tensor in self.plain]
         self.block = block = object()
 
         def segment():
@@ -128,6 +129,7 @@ class Slots:
         try:
             if in_place:
                 kept, values = (own := self.kept()), clones(own)
+                graphs += [(tensor, tensor.grad_fn) for tensor in own]
             elif self.buffers:
                 own = list(self.buffers.values())
                 tensors += zip(own, copies(own) if buffers is None else buffers)
@@ -155,6 +157,14 @@ class Slots:
                 if copy is not None:
                     with torch.no_grad():
                         tensor.copy_(copy)
+            in_a_graph = [tensor for tensor, before in graphs if tensor.grad_fn is not before and not _cut_off(tensor, before)]
+        for tensor in in_a_graph:
+            places = [*self.plain, *self.originals]
+            name = next(name for _, name, own in places if own is tensor)
+            raise RuntimeError(
+                f"{name!r}, a tensor of shape {tuple(tensor.shape)}, has got a graph from a loss that has written into it, which "
+                "cannot be undone where it is a view or had a graph before; write detached values into it (x.detach())"
+            )
         for module, name, tensor, _, copy in written:
             if copy is None:
                 raise RuntimeError(
@@ -162,7 +172,6 @@ class Slots:
                     "candidate would see what another has left there. Make it a buffer (register_buffer), of which every candidate "
                     "gets a copy, or bind the attribute to a new tensor"
                 )
-
 
     @contextmanager
     def _again(self, tensors: list[tuple[Tensor, Tensor]], modes: list[bool]):
@@ -254,6 +263,14 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
         for i, copy in zip(members, made):
             result[i] = copy
     return result
+
+
+def _cut_off(tensor: Tensor, before: object) -> bool:
+    """Without the graph of what was written into it, if it had none and is no view of another one."""
+    if before is not None or tensor._is_view():
+        return False
+    tensor.detach_()
+    return True
 
 
 def _items(container: object) -> Iterable[tuple[object, object]]:

@@ -299,6 +299,44 @@ def test_candidates_do_not_see_what_others_left_behind(estimator, float64):
     assert model.steps.item() == 0
 
 
+class Remembering(nn.Module):
+    """What it computes is written, graph and all, into a tensor of its own, which is used then."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.head, self.other = nn.Linear(D, C), nn.Linear(D, C)
+        last = torch.zeros(N + 1, C)[:N] if kind == "view" else torch.zeros(N, C)
+        if kind == "attribute":
+            self.last = last
+        else:
+            self.register_buffer("last", last)
+
+    def forward(self, x):
+        before = self.last.clone()
+        self.last.copy_(self.other(x).tanh())
+        return self.head(x) + self.last + before
+
+
+@pytest.mark.parametrize("estimator", ["stream", "in_place", "in_place_guided", "retain", "unrolled"])
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_tensor_that_a_graph_is_written_into_has_none_afterwards(kind, estimator, float64):
+    torch.manual_seed(0)
+    problem = problem_of(Remembering(kind), "losses")
+    in_place = lambda *a, **k: evograd.hypergradient(*a, strategy="in_place", inner_lr=ETA, **k)
+    call = {"in_place": in_place, "in_place_guided": lambda *a: in_place(*a, noise="guided", lookahead="sgd")}
+    result = {**ESTIMATORS, **call}[estimator](*problem.args())
+    last = problem.model.last
+    assert last.grad_fn is None and not last.requires_grad and not last.any()
+    if estimator == "in_place_guided":
+        assert relative_difference(result.grads, ESTIMATORS["guided"](*problem.args()).grads) < 1e-6
+
+
+def test_a_view_that_a_graph_is_written_into_is_named(float64):
+    problem = problem_of(Remembering("view"), "losses")
+    with pytest.raises(RuntimeError, match=r"'last', a tensor of shape \(\d+, \d+\), has got a graph.*x.detach\(\)"):
+        evograd.hypergradient(*problem.args(), strategy="in_place")
+
+
 def test_a_large_tensor_that_is_written_into_is_named():
     class Log(nn.Module):
         def __init__(self):
