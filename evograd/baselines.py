@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .hypergradient import hypergradient
 from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
-
+from .threads import Shared, replaced
 
 ENGINES = ("functional", "higher")
 
@@ -262,21 +262,9 @@ def _implicit(
 def _twice_differentiable():
     """RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the
     second derivative out without a word."""
-
-    functions = torch._C._functions
-    delayed = functions.DelayedError
-
-    def refuse(message: bytes | str, n: int):
-        if "once_differentiable" not in str(message):  # Dynamo makes such nodes too
-            return delayed(message, n)
-        raise RuntimeError(
-            "double backward through an autograd.Function that is marked once_differentiable. EvoGrad and guided need first "
-            "derivatives alone, mixed mode the function's jvp"
-        )
-
-    functions.DelayedError = refuse
     try:
-        yield
+        with _refusing():
+            yield
     except RuntimeError as error:
         if not any(words in str(error) for words in ("donated buffers", "does not currently support double backward")):
             raise
@@ -284,8 +272,21 @@ def _twice_differentiable():
             "double backward through a compiled model, which PyTorch has not; take it uncompiled. EvoGrad and guided need first "
             "derivatives alone, and mixed mode takes its plain form"
         ) from error
-    finally:
-        functions.DelayedError = delayed
+
+
+_delayed = torch._C._functions.DelayedError
+
+
+def _refuse(message: bytes | str, n: int):
+    if "once_differentiable" not in str(message):  # Dynamo makes such nodes too
+        return _delayed(message, n)
+    raise RuntimeError(
+        "double backward through an autograd.Function that is marked once_differentiable. EvoGrad and guided need first "
+        "derivatives alone, mixed mode the function's jvp"
+    )
+
+
+_refusing = Shared(lambda: replaced((torch._C._functions, "DelayedError", _refuse)))
 
 
 def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:

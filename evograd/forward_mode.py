@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .threads import Shared
+
 
 def directional(
     function: Callable, primals: dict[str, Tensor], tangents: dict[str, Tensor], model: nn.Module | None = None
@@ -298,10 +300,17 @@ def recurrent(function, *args):
     """Never fused: those kernels have no formula. Packed sequences, and dropout between layers, by reverse."""
     packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
     dropout, training = args[-3:-1] if packed else args[-4:-2]
+    with _unfused():
+        return by_reverse(function, *args) if packed or (dropout and training) else function(*args)
+
+
+@Shared
+@contextmanager
+def _unfused() -> Iterator[None]:
     before = torch.backends.mkldnn.set_flags(False)[0]
     try:
         with torch.backends.cudnn.flags(enabled=False):
-            return by_reverse(function, *args) if packed or (dropout and training) else function(*args)
+            yield
     finally:
         torch.backends.mkldnn.set_flags(before)
 

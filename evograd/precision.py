@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import autocast
 
+from .threads import Shared, replaced
+
 
 class _OfThisThread(threading.local):
     watching: tuple[Precision, ...] = ()
 
 
-_here, _lock, _blocks, _enter = _OfThisThread(), threading.Lock(), 0, autocast.__enter__
+_here, _enter = _OfThisThread(), autocast.__enter__
 
 
 class Precision:
@@ -56,20 +58,13 @@ class Precision:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Autocast that is on where the block begins, or is entered within it by this thread, counts."""
-        global _blocks
         self._look()
         before, _here.watching = _here.watching, (*_here.watching, self)
-        with _lock:
-            _blocks += 1
-            autocast.__enter__ = _entered
         try:
-            yield
+            with _watching():
+                yield
         finally:
             _here.watching = before
-            with _lock:
-                _blocks -= 1
-                if _blocks == 0:
-                    autocast.__enter__ = _enter
 
     def _look(self) -> None:
         for device in ("cpu", "cuda"):
@@ -82,3 +77,6 @@ def _entered(self: autocast) -> autocast:
     for precision in _here.watching:
         precision._look()
     return result
+
+
+_watching = Shared(lambda: replaced((autocast, "__enter__", _entered)))

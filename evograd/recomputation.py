@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import torch.utils.checkpoint as checkpointing
 
+from .threads import Shared, replaced
+
 Start = Callable[[], Callable[[], AbstractContextManager]]
 
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 _GENERATOR += "_impl" if hasattr(checkpointing, f"{_GENERATOR}_impl") else ""  # its name from torch 2.14 on
-_blocks, _originals, _lock = 0, {}, threading.Lock()
+_originals = {}
 
 
 class _OfThisThread(threading.local):
@@ -54,25 +56,6 @@ def not_recomputed() -> Iterator[None]:
         _here.plain = before
 
 
-@contextmanager
-def _patched() -> Iterator[None]:
-    global _blocks
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            for name, other in ((_GENERATOR, _generator), ("CheckpointFunction", SimpleNamespace(apply=_reentrant))):
-                _originals[name] = getattr(checkpointing, name)
-                setattr(checkpointing, name, other)
-    try:
-        yield
-    finally:
-        with _lock:
-            _blocks -= 1
-            if _blocks == 0:
-                for name, original in _originals.items():
-                    setattr(checkpointing, name, original)
-
-
 def _generator(function: Callable, *rest, **options):
     if _here.plain:
         return _nothing()
@@ -105,3 +88,12 @@ def _placed(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return again
+
+
+@Shared
+@contextmanager
+def _patched() -> Iterator[None]:
+    others = {_GENERATOR: _generator, "CheckpointFunction": SimpleNamespace(apply=_reentrant)}
+    _originals.update((name, getattr(checkpointing, name)) for name in others)
+    with replaced(*((checkpointing, name, other) for name, other in others.items())):
+        yield

@@ -2,14 +2,17 @@
 
 import copy
 import re
+import threading
 from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint as checkpoint
 from torch import nn
 
 import evograd
+from evograd import baselines, forward_mode, precision, recomputation
 
 from .problems import KINDS, Bilevel, OnceDifferentiable, bilevel
 from .test_hypergradient import Vector, quadratic, relative_difference
@@ -246,6 +249,45 @@ def test_mixed_mode_with_normalizations(normalization, place, float64):
     exact = evograd.baselines.unrolled(*args, inner_lr=ETA).grads[0]
     mixed = evograd.mixed_mode(*args, inner_lr=ETA, lookahead="sgd").grads[0]
     torch.testing.assert_close(mixed, exact, rtol=1e-10, atol=1e-14)
+
+
+def test_threads_leave_torch_as_it_was():
+    """Of two calls the one that began first ends first."""
+    before, inside, ended = torch._C._functions.DelayedError, threading.Event(), threading.Event()
+
+    def call(wait):
+        problem = bilevel("mlp")
+        evograd.baselines.unrolled(lambda m: wait() or problem.train_loss(m), *problem.args()[1:], inner_lr=ETA)
+
+    def second():
+        inside.set()
+        assert ended.wait(60)
+
+    def first():
+        other.start()
+        assert inside.wait(60)
+
+    other = threading.Thread(target=call, args=(second,))
+    call(first)
+    assert torch._C._functions.DelayedError is not before  # the other goes on
+    ended.set()
+    other.join(60)
+    assert torch._C._functions.DelayedError is before
+
+
+@pytest.mark.parametrize("block", [recomputation._patched, precision._watching, forward_mode._unfused, baselines._refusing])
+def test_what_is_changed_in_torch_is_changed_till_the_last_block_ends(block):
+    places = [(checkpoint, "CheckpointFunction"), (torch.amp.autocast, "__enter__"), (torch._C._functions, "DelayedError")]
+    state = lambda: [torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, *(getattr(*place) for place in places)]
+    before, first, second = state(), block(), block()
+    first.__enter__()
+    changed = state()
+    assert changed != before
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert state() == changed
+    second.__exit__(None, None, None)
+    assert state() == before
 
 
 def test_a_function_without_second_derivative_is_refused_where_it_would_be_left_out():
