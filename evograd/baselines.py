@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .hypergradient import hypergradient
 from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
+from .swap import own_cache
 from .threads import Shared, replaced
 
 ENGINES = ("functional", "higher")
@@ -90,14 +91,16 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
             functional.update_params([start[name] for name in own])
             first = None
             for _ in range(n_steps):
-                loss = problem.scalar(train_loss, train_loss(functional))
+                with own_cache():
+                    loss = problem.scalar(train_loss, train_loss(functional))
                 _set_modes(functional, modes)
                 first = loss.detach() if first is None else first
                 if loss.requires_grad:
                     inner_optimizer.step(loss)
                 # As in the other estimators, statistics that BatchNorm gathers on the way are thrown away.
                 higher.patch.buffer_sync(model, functional)
-            val = problem.scalar(val_loss, val_loss(functional))
+            with own_cache():
+                val = problem.scalar(val_loss, val_loss(functional))
             return first, val.detach(), partial(val, problem.hyperparameters)
     finally:
         for module, mode in modes:

@@ -10,6 +10,7 @@ from operator import is_
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .noise import on_the_host
@@ -110,9 +111,9 @@ class Slots:
 
         Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that
         their module writes into as it is called (Embedding with max_norm). in_place: both stay the model's own, and their values
-        are put back, without the graph of what was written into them. Whatever else is done to modules within the block is undone: modes, attributes that are bound anew, entries
-        of lists, dicts and sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been
-        written into.
+        are put back, without the graph of what was written into them. Whatever else is done to modules within the block is
+        undone: modes, attributes that are bound anew, entries of lists, dicts and sets in attributes, values of small tensors in
+        attributes. RuntimeError where a large one has been written into.
         """
         attributes = [(vars(module), dict(vars(module))) for module in self.modules]
         contents = [(container, container.copy()) for container in self.containers]
@@ -138,7 +139,7 @@ class Slots:
                     tensors[i] = (own, other := other.clone().as_subclass(type(other)))
                 for container, key in self.places[id(own)]:
                     container[key] = other
-            with recomputed_in(segment):
+            with recomputed_in(segment), own_cache():
                 yield
         finally:
             self.block = outer
@@ -185,6 +186,19 @@ class Slots:
         finally:
             for module, mode in zip(self.modules, before):
                 module.training = mode
+
+
+@contextmanager
+def own_cache() -> Iterator[None]:
+    """A block within torch.nn.utils.parametrize.cached() that neither sees what was computed before it, nor leaves anything."""
+    if not parametrize._cache_enabled:
+        yield
+        return
+    before, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import pytest
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
@@ -297,6 +298,24 @@ def test_candidates_do_not_see_what_others_left_behind(estimator, float64):
     assert relative_difference(*found) < 1e-12
     assert torch.equal(model.state, torch.zeros(N, 6)) and model.calls == 0 and model.seen == [] and model.cache == {}
     assert model.steps.item() == 0
+
+
+@pytest.mark.parametrize("estimator", [*(name for name in ESTIMATORS if name != "higher"), "in_place"])
+def test_a_cache_of_parametrizations_is_of_one_evaluation(estimator, float64):
+    """Within parametrize.cached(), and where that has computed something from θ already."""
+    in_place = lambda *a: evograd.hypergradient(*a, noise="guided", strategy="in_place", inner_lr=ETA)
+    problem = problem_of(parametrized(), "losses")
+    call = {**ESTIMATORS, "in_place": in_place}[estimator]
+    torch.manual_seed(3)
+    expected = call(*problem.args()).grads
+    with parametrize.cached():
+        problem.train_loss(problem.model)
+        before = dict(parametrize._cache)
+        assert before
+        torch.manual_seed(3)
+        grads = call(*problem.args()).grads
+        assert parametrize._cache.keys() == before.keys() and all(parametrize._cache[key] is before[key] for key in before)
+    assert relative_difference(grads, expected) < 1e-12
 
 
 class Remembering(nn.Module):
