@@ -22,7 +22,7 @@ from .in_place import InPlace
 from .noise import Layout, Position, on_the_host
 from .precision import Precision
 from .sharded import Sharding, is_sharded, local
-from .swap import Slots, StandIn, copies, some
+from .swap import Slots, StandIn, copies, meeting, some
 
 Closure = Callable[[nn.Module], Tensor]
 APART = 8  # by fewer eps, and a difference is rounding in good part
@@ -109,6 +109,7 @@ class Problem:
                 "them, or evograd.baselines.finite_difference"
             )
         self.theta, self.fixed = self._split(parameters)
+        self._check_memory()
         self.place: InPlace | None = None
         if in_place or self.sharding:
             if self.sharding:
@@ -160,6 +161,18 @@ class Problem:
         theta = {name: local(p) for name, p in chosen.items()}
         fixed = {name: p.detach() for name, p in own.items() if name not in theta and id(p) not in hyper}
         return theta, fixed
+
+    def _check_memory(self) -> None:
+        """ValueError for two parameters in one memory: to derivatives they are two, to a step of training they are one."""
+        hyper = {id(h) for h in self.hyperparameters}
+        own = {name: local(p) if self.sharding else p for name, p in self.own.items() if id(p) not in hyper}
+        for one, other in meeting(own):
+            if not self.theta.keys().isdisjoint((one, other)):
+                raise ValueError(
+                    f"parameters: {one!r} and {other!r} are two parameters in the same memory, which a training step writes into "
+                    "for both, and a derivative takes for two; make them one parameter (tie them: b.weight = a.weight), or give "
+                    "each memory of its own"
+                )
 
     def named(self, parameters: Parameters, argument: str) -> dict[str, Tensor]:
         """A mapping, (name, tensor) pairs or names -> {first name of the parameter: tensor}; ValueError if one does not fit."""

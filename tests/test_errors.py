@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
+from evograd.swap import meeting
 
 from .problems import bilevel
 
@@ -124,3 +126,45 @@ def test_hyperparameters_beside_parameters_in_one_storage_are_taken_in_place():
         torch.manual_seed(0)
         grads += call(train_loss=loss, model=problem.model, hyperparameters=[lam], strategy=strategy).grads
     torch.testing.assert_close(*grads, rtol=1e-9, atol=0)
+
+
+METHODS = {
+    "stream": evograd.hypergradient,
+    "in_place": lambda *args: evograd.hypergradient(*args, strategy="in_place"),
+    "mixed_mode": mixed_mode,
+    "unrolled": unrolled,
+    "higher": lambda *args: unrolled(*args, engine="higher"),
+    "neumann": lambda *args: evograd.baselines.neumann(*args, inner_lr=0.1),
+    "compare": lambda *args: evograd.compare(*args, inner_lr=0.1),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("part", [slice(None), slice(2, None)])
+def test_two_parameters_in_one_memory_are_refused_in_every_estimator(method, part):
+    problem = bilevel("mlp")
+    problem.model[0].weight = nn.Parameter(problem.model[0].weight.data)
+    problem.model.register_parameter("again", nn.Parameter(problem.model[0].weight.data[part]))
+    words = r"parameters: ('again' and '0.weight'|'0.weight' and 'again') are two parameters in the same memory.*tie them"
+    with pytest.raises(ValueError, match=words):
+        METHODS[method](*problem.args())
+    problem.model.again.requires_grad_(False)  # held fixed, it would still be written into
+    with pytest.raises(ValueError, match=words):
+        METHODS[method](*problem.args())
+
+
+def test_parameters_in_one_storage_are_taken_where_they_do_not_meet():
+    """Parts of a flat tensor, columns of a matrix, no elements, one parameter under two names; and tensors without storage."""
+    flat, matrix = torch.rand(12), torch.rand(4, 2)
+    apart = {"a": flat[:5], "b": flat[5:], "c": flat[3:3], "d": matrix[:, 0], "e": matrix[:, 1]}
+    apart |= {"sparse": torch.eye(3).to_sparse(), "meta": torch.empty(3, device="meta"), "also": torch.empty(3, device="meta")}
+    with FakeTensorMode():
+        apart |= {"fake": torch.empty(3), "other": torch.empty(3), "none": torch.empty(0)}
+        fake = torch.empty(2, 3)
+        same = {"rows": fake[0], "all": fake, "column": fake[:, 1:2]}
+    assert list(meeting(apart)) == []
+    assert list(meeting({"a": flat[:5], "b": flat[4:]})) == [("a", "b")]
+    assert list(meeting({"a": matrix[:, 0], "b": matrix[1:3, 0], "c": matrix[:, 1]})) == [("a", "b")]
+    assert sorted(meeting(same)) == [("all", "column"), ("rows", "all"), ("rows", "column")]
+    problem = bilevel("tied")
+    evograd.hypergradient(*problem.args())
