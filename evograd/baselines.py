@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .forward_mode import nodes, scripted
 from .hypergradient import hypergradient
 from .noise import Layout
 from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
@@ -59,7 +61,7 @@ def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor
     first = None
     for _ in range(n_steps):
         with problem.holding(theta):
-            loss = problem.evaluate(problem.train_loss)
+            loss = _train_loss(problem)
             first = loss.detach() if first is None else first
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
@@ -80,8 +82,7 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
             "pip install 'evograd-hypergradients[baselines]', or pip install higher; engine='functional' needs none"
         ) from error
 
-    model, train_loss, val_loss = problem.model, problem.train_loss, problem.val_loss
-    own = problem.own
+    model, val_loss, own = problem.model, problem.val_loss, problem.own
     optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
     optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
     modes = [(module, module.training) for module in model.modules()]
@@ -92,7 +93,7 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
             first = None
             for _ in range(n_steps):
                 with own_cache():
-                    loss = problem.scalar(train_loss, train_loss(functional))
+                    loss = _train_loss(problem, functional)
                 _set_modes(functional, modes)
                 first = loss.detach() if first is None else first
                 if loss.requires_grad:
@@ -242,7 +243,7 @@ def _implicit(
         leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())
         with problem.holding(leaves):
-            loss = problem.evaluate(train_loss)
+            loss = _train_loss(problem)
             slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True) if loss.requires_grad else ()
             curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
 
@@ -263,10 +264,13 @@ def _implicit(
 
 @contextmanager
 def _twice_differentiable():
-    """RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the
-    second derivative out without a word."""
+    """A block in which PyTorch's second derivatives are right, or an error.
+
+    RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the second
+    derivative out without a word.
+    """
     try:
-        with _refusing():
+        with _changed():
             yield
     except RuntimeError as error:
         if not any(words in str(error) for words in ("donated buffers", "does not currently support double backward")):
@@ -289,7 +293,31 @@ def _refuse(message: bytes | str, n: int):
     )
 
 
-_refusing = Shared(lambda: replaced((torch._C._functions, "DelayedError", _refuse)))
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """torch._weight_norm, whose own second derivative takes the norms for constants, in operations that have a right one."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_changed = Shared(
+    lambda: replaced(
+        (torch._C._functions, "DelayedError", _refuse),
+        (torch, "_weight_norm", _weight_norm),
+        (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
+    )
+)
+
+
+def _train_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
+    """ℓ_T, to be differentiated twice; NotImplementedError for a weight norm that TorchScript computes, and has no right one."""
+    closure = problem.train_loss
+    loss = problem.scalar(closure, closure(problem.model if model is None else model))
+    if loss.requires_grad and scripted(problem.model):
+        if any(node.name().startswith("WeightNormInterface") for node in nodes([loss.grad_fn])):
+            raise NotImplementedError(
+                "double backward through torch._weight_norm in TorchScript, whose second derivative in PyTorch is wrong; take the "
+                "module unscripted, or use noise='guided', which needs first derivatives alone"
+            )
+    return loss
 
 
 def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:

@@ -41,7 +41,7 @@ def directional(
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     if looking and looking.found:
         raise unseen(*looking.found)
-    for node in _nodes(_functions([value, slope])):
+    for node in nodes(_functions([value, slope])):
         if node._sequence_nr() < first:
             continue  # of a graph from before, to which forward mode had no part
         name, row = _BY_NODE.get(node.name().partition("Backward")[0], (None, None))
@@ -126,7 +126,7 @@ class Replacing(TorchFunctionMode):
                 result = function(*args, **kwargs)
         finally:
             self.depth -= 1
-        for node in _nodes(_functions(result), starts):
+        for node in nodes(_functions(result), starts):
             node.metadata["evograd"] = "right"
         return result
 
@@ -182,7 +182,7 @@ def _body(function: Callable) -> Callable | None:
 # --- the graph to λ -------------------------------------------------------------------------------------------------------
 
 
-def _nodes(ends: list[torch.autograd.graph.Node], starts: list[torch.autograd.graph.Node] = ()) -> Iterator:
+def nodes(ends: list[torch.autograd.graph.Node], starts: list[torch.autograd.graph.Node] = ()) -> Iterator:
     """The nodes of a graph from its ends back to its starts, without these, each once; none that is known to be right."""
     waiting, seen = list(ends), set(starts)
     while waiting:

@@ -251,6 +251,79 @@ def test_mixed_mode_with_normalizations(normalization, place, float64):
     torch.testing.assert_close(mixed, exact, rtol=1e-10, atol=1e-14)
 
 
+class Normed(nn.Linear):
+    """weight_norm written out, its parameters under the names of the old weight_norm."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        v = self.weight.detach().clone()
+        del self.weight
+        self.weight_g, self.weight_v = nn.Parameter(v.square().sum(1, keepdim=True).sqrt()), nn.Parameter(v)
+
+    def forward(self, x):
+        return F.linear(x, self.weight_g * self.weight_v / self.weight_v.square().sum(1, keepdim=True).sqrt(), self.bias)
+
+
+NORMED = {
+    "parametrization": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "hook": lambda layer: nn.utils.weight_norm(layer),
+}
+SECOND_ORDER = {
+    "unrolled": lambda *args: baselines.unrolled(*args, inner_lr=1.0),
+    "unrolled, 5 steps": lambda *args: baselines.unrolled(*args, inner_lr=1.0, n_steps=5),
+    "neumann": lambda *args: baselines.neumann(*args, inner_lr=1.0, n_terms=10),
+    "conjugate_gradient": lambda *args: baselines.conjugate_gradient(*args, damping=0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", SECOND_ORDER)
+@pytest.mark.parametrize("kind", NORMED)
+def test_weight_norm_has_the_second_derivative_of_what_it_computes(kind, method, float64):
+    """PyTorch's own formula for double backward takes the norms for constants."""
+    x, y, x_val, y_val = torch.randn(24, 5), torch.randint(3, (24,)), torch.randn(24, 5), torch.randint(3, (24,))
+    plain = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    normed, written_out = copy.deepcopy(plain), copy.deepcopy(plain)
+    for i in (0, 2):
+        NORMED[kind](normed[i])
+        written_out[i] = Normed(plain[i].in_features, plain[i].out_features)
+        written_out[i].load_state_dict(nn.utils.weight_norm(copy.deepcopy(plain[i])).state_dict())
+    w = torch.zeros(24, requires_grad=True)
+    train_loss = lambda m: (w.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean()
+    estimates = [
+        SECOND_ORDER[method](train_loss, lambda m: F.cross_entropy(m(x_val), y_val), model, [w]).grads
+        for model in (normed, written_out)
+    ]
+    assert relative_difference(*estimates) < 1e-10
+
+
+def test_weight_norm_with_lambda_before_it(float64):
+    """One step, and λ in the path to the directions."""
+    x, v, g = torch.randn(9, 5), torch.randn(3, 5), torch.rand(3, 1)
+    model, lam = nn.Linear(5, 3), torch.rand(3, 5, requires_grad=True)
+    square = lambda norm: lambda m: F.linear(x, norm(m.weight + lam, g)).sin().square().mean()
+    written_out = lambda v, g: g * v / v.square().sum(1, keepdim=True).sqrt()
+    val_loss = lambda m: m(x).square().mean()
+    grads = [
+        baselines.unrolled(square(norm), val_loss, model, [lam], inner_lr=1.0).grads
+        for norm in (lambda *both: torch._weight_norm(*both), written_out)
+    ]
+    assert relative_difference(*grads) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning")
+def test_weight_norm_in_torchscript_is_refused_by_name():
+    class Scripted(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, torch._weight_norm(self.weight, self.bias[:, None], 0))
+
+    problem = bilevel("mlp")
+    problem.model.insert(0, torch.jit.script(Scripted(5, 5).double()))
+    for name in ("unrolled", "neumann", "conjugate_gradient"):
+        with pytest.raises(NotImplementedError, match="torch._weight_norm in TorchScript"):
+            SECOND_ORDER[name](*problem.args())
+
+
 def test_threads_leave_torch_as_it_was():
     """Of two calls the one that began first ends first."""
     before, inside, ended = torch._C._functions.DelayedError, threading.Event(), threading.Event()
@@ -275,7 +348,7 @@ def test_threads_leave_torch_as_it_was():
     assert torch._C._functions.DelayedError is before
 
 
-@pytest.mark.parametrize("block", [recomputation._patched, precision._watching, forward_mode._unfused, baselines._refusing])
+@pytest.mark.parametrize("block", [recomputation._patched, precision._watching, forward_mode._unfused, baselines._changed])
 def test_what_is_changed_in_torch_is_changed_till_the_last_block_ends(block):
     places = [(checkpoint, "CheckpointFunction"), (torch.amp.autocast, "__enter__"), (torch._C._functions, "DelayedError")]
     state = lambda: [torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled, *(getattr(*place) for place in places)]
