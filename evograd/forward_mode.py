@@ -338,6 +338,11 @@ def log_cumulative(function, x, dim, **options):
     return y.movedim(-1, dim)
 
 
+def triangular(_, input, A, upper=True, transpose=False, unitriangular=False):
+    x = torch.linalg.solve_triangular(A.mT if transpose else A, input, upper=upper != transpose, unitriangular=unitriangular)
+    return torch.return_types.triangular_solve((x, A.clone()))
+
+
 def least_and_largest(_, x, *, dim=None, keepdim=False):
     dims = list(range(x.ndim)) if dim is None else dim
     return torch.return_types.aminmax((x.amin(dims, keepdim), x.amax(dims, keepdim)))
@@ -527,6 +532,13 @@ ROWS = (
         issue=196694,
     ),
     Row(
+        "triangular_solve Tensor.triangular_solve",
+        triangular,
+        tangents,
+        "its formula heeds neither which triangle of the matrix counts nor transpose",
+        "triangular_solve",
+    ),
+    Row(
         "logcumsumexp Tensor.logcumsumexp",
         log_cumulative,
         tangents,
@@ -597,6 +609,6 @@ WRONG_THEN_TOO = {
     name: row
     for row in ROWS
     for name in row.aten.split()
-    if name in ("cholesky_inverse", "cholesky_solve", "logcumsumexp", "scatter_reduce")
+    if name in ("cholesky_inverse", "cholesky_solve", "triangular_solve", "logcumsumexp", "scatter_reduce")
 }
 _BY_NODE = {"".join(map(str.capitalize, name.split("_"))): (name, row) for row in ROWS for name in row.aten.split()}

@@ -238,6 +238,11 @@ SQUARES = {  # of a positive definite matrix a, its Cholesky factor l, and b
     "Tensor.cholesky_inverse": lambda a, l, b: l.cholesky_inverse(),
     "torch.cholesky_solve": lambda a, l, b: torch.cholesky_solve(b.expand(2, -1, -1), l),
     "Tensor.cholesky_solve": lambda a, l, b: b.cholesky_solve(l),
+    "torch.triangular_solve": lambda a, l, b: torch.triangular_solve(torch.ones(4, 1), a)[0],
+    "torch.triangular_solve(transpose)": lambda a, l, b: torch.triangular_solve(b, l, False, True).solution,
+    "Tensor.triangular_solve": lambda a, l, b: b.triangular_solve(l, upper=False, unitriangular=True)[0],
+    "torch.triangular_solve, batched": lambda a, l, b: torch.triangular_solve(input=b.expand(2, -1, -1), A=a)[0],
+    "torch.triangular_solve, the matrix": lambda a, l, b: sum(torch.triangular_solve(b[:, :1], l)),
     "torch.linalg.householder_product": lambda a, l, b: torch.linalg.householder_product(a, b[:, 0]),
     "torch.orgqr": lambda a, l, b: torch.orgqr(a, b[:, 0]),
     "torch.cumprod": lambda a, l, b: torch.cumprod(l, 1),
@@ -251,6 +256,7 @@ SQUARES = {  # of a positive definite matrix a, its Cholesky factor l, and b
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated:UserWarning")
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("name", SQUARES)
 def test_linear_algebra_by_every_name(name, place, float64):
@@ -344,6 +350,8 @@ class Hidden(nn.Module):
             return h + torch.cholesky_inverse(torch.linalg.cholesky(square))[:6]
         if self.name == "cholesky_solve":
             return torch.cholesky_solve(h.t(), torch.linalg.cholesky(square)).t()
+        if self.name == "triangular_solve":
+            return torch.triangular_solve(h.t(), square)[0].t()
         if self.name == "logcumsumexp":
             return torch.logcumsumexp(h, 1)
         if self.name == "scatter_reduce":
@@ -355,7 +363,10 @@ class Hidden(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("place", ["before", "after"])
-@pytest.mark.parametrize("name", ["cholesky_inverse", "cholesky_solve", "logcumsumexp", "scatter_reduce", "dropout", "alpha_dropout"])
+@pytest.mark.parametrize(
+    "name",
+    ["cholesky_inverse", "cholesky_solve", "triangular_solve", "logcumsumexp", "scatter_reduce", "dropout", "alpha_dropout"],
+)
 def test_what_leaves_no_node_is_refused_too(name, place, float64):
     """In TorchScript with λ after it alone; and dropout, which draws in another order than in the pass before."""
     x, y = torch.randn(6, 5), torch.randint(3, (6,))
