@@ -686,3 +686,20 @@ def test_there_is_a_warning_where_two_candidates_are_not_told_apart(kind, settin
     expected = nullcontext() if kind == "none" else pytest.warns(UserWarning, match=r"hyperparameters\[0\].* eps of .*mixed_mode")
     with expected:
         evograd.hypergradient(loss, lambda m: F.cross_entropy(m(x), y), model, [lam], **settings)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_higher_refuses_what_runs_before_a_module(float64):
+    """Its copies call no hooks, so that weight_norm's weight would be of another step."""
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(D, 4)), nn.Tanh(), nn.Linear(4, C))
+    x, y, lam = torch.randn(N, D), torch.randint(C, (N,)), torch.zeros(N, requires_grad=True)
+    problem = (
+        lambda m: (lam.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean(),
+        lambda m: F.cross_entropy(m(x), y),
+        model,
+        [lam],
+    )
+    with pytest.raises(NotImplementedError, match="engine='higher' calls no hooks, and '0'.*engine='functional'"):
+        b.unrolled(*problem, inner_lr=ETA, engine="higher")
+    found, exact = b.unrolled(*problem, inner_lr=ETA).grads, ESTIMATORS["guided"](*problem).grads
+    assert relative_difference(exact, found) < 1e-6
