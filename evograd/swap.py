@@ -29,6 +29,7 @@ class StandIn(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    _is_param = True  # isinstance(…, nn.Parameter), which losses ask, and compiled code of a tensor that is of no plain type
     says = True
 
     @property

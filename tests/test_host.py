@@ -585,6 +585,7 @@ def test_stand_ins_can_be_frozen_and_copied(float64):
     seen = []
 
     def loss(m):
+        assert isinstance(m.weight, nn.Parameter) and not isinstance(m.weight + 1, nn.Parameter)
         seen.append((m.weight.requires_grad, type(m.weight + 1), type(copy.deepcopy(m).weight)))
         m.weight.requires_grad = False
         seen.append(m.weight.requires_grad)
