@@ -12,7 +12,7 @@ if ! "$venv/bin/python" -c 'import torch, torchvision, pytest, xdist, hypothesis
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==$version" torchvision "numpy<2.3" \
     pytest pytest-xdist hypothesis higher
 fi
-library=(hypergradient properties second_order errors comparison measuring noise kinks host forward_mode distributed sharded package precision matrix)
+library=(hypergradient properties second_order errors comparison measuring noise kinks host forward_mode distributed sharded package precision)
 files=()
 for name in "${library[@]}"; do
   if [ -f "tests/test_$name.py" ]; then files+=("tests/test_$name.py"); fi
