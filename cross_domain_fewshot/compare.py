@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from evograd.lab import cli, costs
-from evograd.lab.costs import counted
+from evograd.lab.costs import all_counted
 from evograd.lab.records import seed_everything
 from evograd.measuring import compare_made, seconds
 
@@ -71,8 +71,7 @@ def main(argv=None):
     if args.device.type == "cuda" and not args.fake:
         found = compare_made(to_make, args.device, args.repeats, **cli.MEASURING)
     else:
-        to_count = list(makers(args, torch.device("cpu")).items())
-        found = {name: counted(make) for name, make in cli.progress(to_count)}
+        found = all_counted(makers(args, torch.device("cpu")))
     if args.device.type == "cpu" and not args.fake:
         times = seconds({name: make() for name, make in to_make.items()}, args.repeats, warmup=1, **cli.MEASURING)
         found = {name: replace(cost, seconds=times[name]) for name, cost in found.items()}

@@ -42,8 +42,8 @@ def directional(
     if looking and looking.found:
         raise unseen(*looking.found)
     for node in nodes(_functions([value, slope])):
-        if node._sequence_nr() < first:
-            continue  # of a graph from before, to which forward mode had no part
+        if node._sequence_nr() < first or "evograd" in node.metadata:
+            continue  # of a graph from before, to which forward mode had no part, or known to be right
         name, row = _BY_NODE.get(node.name().partition("Backward")[0], (None, None))
         if row and (row.value is None or row.value in (getattr(node, "_saved_training", 0), getattr(node, "_saved_reduce", 0))):
             raise unseen(name, row)
@@ -183,14 +183,13 @@ def _body(function: Callable) -> Callable | None:
 
 
 def nodes(ends: list[torch.autograd.graph.Node], starts: list[torch.autograd.graph.Node] = ()) -> Iterator:
-    """The nodes of a graph from its ends back to its starts, without these, each once; none that is known to be right."""
+    """The nodes of a graph from its ends back to its starts, without these, each once."""
     waiting, seen = list(ends), set(starts)
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            if "evograd" not in node.metadata:
-                yield node
+            yield node
             waiting += [before for before, _ in node.next_functions if before is not None]
 
 
@@ -198,13 +197,13 @@ def _functions(value) -> list[torch.autograd.graph.Node]:
     """The nodes that the tensors in `value`, and their tangents, have come from."""
     tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
     tensors += [tangent for tangent in map(_tangent, tensors) if tangent is not None]
-    return [node for node in (_bare(t).grad_fn for t in tensors) if node is not None]
+    return [node for node in (bare(t).grad_fn for t in tensors) if node is not None]
 
 
 # --- of one tensor --------------------------------------------------------------------------------------------------------
 
 
-def _bare(value: Tensor) -> Tensor:
+def bare(value: Tensor) -> Tensor:
     """The tensor that forward mode has wrapped."""
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         value = torch._C._functorch.get_unwrapped(value)
@@ -215,7 +214,7 @@ def _tangent(value: Tensor) -> Tensor | None:
     if not torch._C._functorch.is_functorch_wrapped_tensor(value) or not (value.is_floating_point() or value.is_complex()):
         return None
     tangent = forward_ad.unpack_dual(value).tangent
-    return None if tangent is None or _bare(tangent)._is_zerotensor() else tangent
+    return None if tangent is None or bare(tangent)._is_zerotensor() else tangent
 
 
 def tangents(values: list[Tensor]) -> bool:
@@ -225,7 +224,7 @@ def tangents(values: list[Tensor]) -> bool:
 
 def traced_tangents(values: list[Tensor]) -> bool:
     """The result has a tangent, and reverse mode will go through it. Inside of torch.func.jvp a tensor says no itself."""
-    return tangents(values) and any(_bare(value).requires_grad for value in values)
+    return tangents(values) and any(bare(value).requires_grad for value in values)
 
 
 def wrapped(values: list[Tensor]) -> bool:
@@ -245,9 +244,9 @@ def by_reverse(function: Callable, *args, **kwargs):
     flat, structure = tree_flatten((args, kwargs))
     for i, value in enumerate(flat):
         if isinstance(value, Tensor):
-            tangent, flat[i] = _tangent(value) if torch.is_grad_enabled() else None, _bare(value)
+            tangent, flat[i] = _tangent(value) if torch.is_grad_enabled() else None, bare(value)
             if tangent is not None:
-                inputs[i] = _bare(tangent)
+                inputs[i] = bare(tangent)
     traced = any(t.requires_grad for t in (*flat, *inputs.values()) if isinstance(t, Tensor))
     pushed = {}
     with interpreter.lower():
@@ -317,14 +316,14 @@ def _unfused() -> Iterator[None]:
 
 def on_the_host(function, x, *args, **kwargs):
     """numpy() or a deep copy, of values alone: through these PyTorch differentiates in no mode."""
-    if _tangent(x) is not None or _bare(x).requires_grad:
+    if _tangent(x) is not None or bare(x).requires_grad:
         raise RuntimeError("numpy() or a deep copy of a tensor that requires grad; use tensor.detach() first")
     return of_values(function, x, *args, **kwargs)
 
 
 def of_values(function, x, *args, **kwargs):
     with retrieve_current_functorch_interpreter().lower():
-        return function(_bare(x), *args, **kwargs)
+        return function(bare(x), *args, **kwargs)
 
 
 def log_cumulative(function, x, dim, **options):
@@ -386,7 +385,7 @@ def _by_channel(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """In plain operations where λ enters before it; with less memory where it does not."""
-    in_a_graph = any(p is not None and _bare(p).requires_grad for p in (x, weight, bias))
+    in_a_graph = any(p is not None and bare(p).requires_grad for p in (x, weight, bias))
     return (_written_out if in_a_graph else _Lean.apply)(x, dims, eps, weight, bias)
 
 

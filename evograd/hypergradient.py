@@ -37,9 +37,9 @@ from .problem import (
 STRATEGIES = ("stream", "in_place", "retain", "vmap")
 RADIUS = 3e-6  # of guided candidates, over the norm of θ: where kinks are shared and in float32, small and large networks are right
 UNRESOLVED = (
-    "hyperparameters[{i}]: the gradients of two candidates by it differ by {apart:.2g} eps of {dtype}, so that the estimate for it is "
-    "rounding in large part, if it acts on the parameters at all. Candidates further apart (noise='guided': radius, random: sigma), "
-    "losses and hyperparameters in more digits, or evograd.mixed_mode, which takes no difference, resolve it"
+    "hyperparameters[{i}]: the gradients of two candidates by it differ by {apart:.2g} eps of {dtype}, so that the estimate for "
+    "it is rounding in large part, if it acts on the parameters at all. Candidates further apart (noise='guided': radius, "
+    "random: sigma), losses and hyperparameters in more digits, or evograd.mixed_mode, which takes no difference, resolve it"
 )
 RESOLVED = 8  # random candidates whose distance from θ, over its norm, is this many eps of low precision are told apart
 
@@ -142,7 +142,8 @@ def hypergradient(
         ValueError, TypeError: an argument out of its range, a radius that the losses' precision does not resolve, or a loss
             that is not a scalar.
         RuntimeError: a hyperparameter on which no loss depends, a loss or a gradient that is NaN or infinite, a loss that writes
-            into the model's parameters, or that goes back to them and not to what stands in their place. With `group` also, in every process: a closure that raised in another one, or generators
+            into the model's parameters, or that goes back to them and not to what stands in their place. With `group` also, in
+            every process: a closure that raised in another one, or generators
             that disagree (no noise is sent, so it must be drawn alike: seed them alike). A process that dies is noticed by
             torch.distributed, at the latest after the timeout of its init_process_group; torchrun ends the others at once. Also
             while a CUDA graph is captured: seeds come from the host, and each replay would take the same directions.
@@ -244,7 +245,8 @@ def hypergradient(
         val, total = shares.total(val, lam.flat(direct), weighted)
         grads = problem.grads(total)
         # Few parameters may get the same noise twice, and without G there is nothing to tell apart.
-        look = streaming and not precision.low and shares.candidates[:2] == [0, 1] and (guided or epsilon.layout.n_parameters >= 64)
+        differ = guided or epsilon.layout.n_parameters >= 64
+        look = differ and streaming and not precision.low and shares.candidates[:2] == [0, 1]
         apart = lam.apart(*partials[:2], candidates.norm > 0 if guided else None) if look else []
         apart = check_finite(candidate_losses, val, grads, apart)
         if (i := problem.unresolved(apart, (noise, radius, sigma))) is not None:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .forward_mode import bare, nodes
 from .in_place import InPlace
 from .noise import Layout, Position, on_the_host
 from .precision import Precision
@@ -243,26 +244,20 @@ class Problem:
 
         Looked for once for each model and piece of code: a loss that has passed is made of the same operations the next time.
         """
-        while torch._C._functorch.is_functorch_wrapped_tensor(value):
-            value = torch._C._functorch.get_unwrapped(value)
+        end = bare(value).grad_fn
         code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
         looked = _looked.setdefault(self.model, set())
-        if self.place is not None or value.grad_fn is None or code in looked:
+        if self.place is not None or end is None or code in looked:
             return
         names = {id(self.own[name]): name for name in self.theta}
-        waiting, seen = [value.grad_fn], set()
-        while waiting:
-            node = waiting.pop()
-            if node not in seen:
-                seen.add(node)
-                if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-                    raise RuntimeError(
-                        f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
-                        "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in "
-                        "a tuple, a nested container or a view. Take them from the model that the loss is given, detach() what "
-                        "is meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
-                    )
-                waiting += [before for before, _ in node.next_functions if before is not None]
+        for node in nodes([end]):
+            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
+                raise RuntimeError(
+                    f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
+                    "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in a "
+                    "tuple, a nested container or a view. Take them from the model that the loss is given, detach() what is "
+                    "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
+                )
         looked.add(code)
 
     def at(self, position: Position) -> AbstractContextManager:
@@ -499,8 +494,10 @@ class Vector:
 
         meant: whether a and b were to differ at all, ().
         """
-        result = [torch.full((), math.inf)] * len(self.tensors)
-        for group, members in enumerate(self.groups if a.vectors and b.vectors else ()):
+        if a.vectors is None or b.vectors is None:
+            return []
+        result: list[Tensor] = [None] * len(self.tensors)
+        for group, members in enumerate(self.groups):
             sizes = [self.tensors[i].numel() for i in members]
             whole = torch._foreach_norm(a.vectors[group].split(sizes))
             apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
@@ -620,7 +617,8 @@ def check_finite(
     n = len(train_losses)
     numbers = torch.stack([v.to(train_losses) for v in (val_loss, *largest, *also)])
     values = torch.cat([train_losses, numbers]).tolist()
-    values, rest = values[: len(values) - len(also)], values[len(values) - len(also) :]
+    end = len(values) - len(also)
+    values, rest = values[:end], values[end:]
     for k, value in enumerate(values):
         if not math.isfinite(value):
             which = "val_loss" if k == n else f"train_loss of candidate {k}"

@@ -56,7 +56,8 @@ def plot_figure(spec: dict, titles: Mapping[str, str], runs: list[dict], path: P
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     counted = any(cost["time_is"] == FLOPS for case in cases for cost in case["ours"].values())
     remark = ". Hollow: FLOPs in place of time" if counted else ""
-    figure.suptitle(f"{spec['title']}. Here: {devices(case['run'] for case in cases)}{remark}", fontsize=9, color="#444444", parse_math=False)
+    title = f"{spec['title']}. Here: {devices(case['run'] for case in cases)}{remark}"
+    figure.suptitle(title, fontsize=9, color="#444444", parse_math=False)
     figures.save(figure, path)
     return True
 

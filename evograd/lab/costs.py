@@ -1,7 +1,7 @@
 """One case of the paper's cost figures (3 to 6): what a step of every method costs there.
 
 On CUDA everything is measured. On a CPU bytes and FLOPs are counted on tensors without values, exactly, and time is taken where
-no step takes more than a minute. cost_figures.py draws the records.
+no step takes more than a minute by its FLOPs. cost_figures.py draws the records.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         "--paper-cost",
         action="store_true",
         help="a case of the paper's cost figures: on a CPU count bytes and FLOPs on tensors without values, and take the time "
-        "where no step takes more than a minute; do nothing if --out has the case",
+        "where by FLOPs no step takes more than a minute; do nothing if --out has the case",
     )
 
 
@@ -59,7 +59,7 @@ def case_costs(makers: Makers, device: torch.device, repeats: int) -> dict[str, 
     `repeats` is the most turns that are taken.
     """
     if device.type != "cuda":
-        costs = {name: counted(make) for name, make in cli.progress(list(makers(device).items()))}
+        costs = all_counted(makers(device))
         times = case_seconds(makers(device), costs, repeats)
         return {name: replace(cost, seconds=times.get(name)) for name, cost in costs.items()}
     costs = {}
@@ -78,6 +78,10 @@ def counted(make: Callable[[], Step]) -> Cost:
     """Cost without seconds: exact, and neither memory nor time of the real size is needed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return Cost(None, *counts(make()))
+
+
+def all_counted(makers: Mapping[str, Callable[[], Step]]) -> dict[str, Cost]:
+    return {name: counted(make) for name, make in cli.progress(list(makers.items()))}
 
 
 def case_seconds(makers: Mapping[str, Callable[[], Step]], costs: Mapping[str, Cost], most: int) -> dict[str, float]:
