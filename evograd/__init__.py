@@ -4,7 +4,7 @@ from . import baselines
 from .comparison import compare
 from .hypergradient import hypergradient
 from .mixed_mode import mixed_mode
-from .problem import Hypergradient
+from .host.problem import Hypergradient
 
 __all__ = ["Hypergradient", "baselines", "compare", "hypergradient", "mixed_mode"]
 __version__ = "0.1.0"

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .forward_mode import nodes, scripted
+from .operations.forward_mode import nodes, scripted
 from .hypergradient import hypergradient
 from .noise import Layout
-from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
-from .swap import own_cache
-from .threads import Shared, replaced
+from .host.problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
+from .host.slots import own_cache
+from .operations.threads import Shared, replaced
 
 ENGINES = ("functional", "higher")
 

@@ -17,8 +17,8 @@ from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
-from .problem import Closure, Hypergradient, Parameters, Problem, check_count, check_positive, checked_hyperparameters, kept
-from .problem import partial as partial_derivatives
+from .host.problem import Closure, Hypergradient, Parameters, Problem, check_count, check_positive, checked_hyperparameters, kept
+from .host.problem import partial as partial_derivatives
 
 Estimate = Callable[[], Hypergradient]
 

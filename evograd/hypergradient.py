@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .distributed import Shares, norm
-from .in_place import InPlace
-from .kinks import Kinks
+from .host.processes import Shares, norm
+from .host.in_place import InPlace
+from .operations.kinks import Kinks
 from .noise import NOISES, Layout, NoiseFunction, Position, SeededNoise, draw_seeds
-from .precision import Precision
-from .problem import (
+from .host.precision import Precision
+from .host.problem import (
     Closure,
     Hypergradient,
     Parameters,
@@ -102,7 +102,7 @@ def hypergradient(
         radius: r > 0, how far guided candidates lie from θ. Default: 3e-6 ‖θ‖, which float32 resolves. In lower precision, of
             the parameters or by autocast, half of its eps times ‖θ‖ (bfloat16: 0.004 ‖θ‖), and 4 eps where θ is less than half
             of the parameters (adapters).
-        share_kinks: let the second candidate of a guided pair run with the activation pattern of the first, see `evograd.kinks`.
+        share_kinks: let the second candidate of a guided pair run with the activation pattern of the first, see `evograd.operations.kinks`.
             A difference counts the jumps of ∂ℓ_T/∂λ where a ReLU or the maximum of a pool changes sides between the two, and
             T1–T2 does not.
         strategy: "stream" keeps one candidate at a time, and K gradients of λ's size: nothing of the model's size grows with

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .forward_mode import directional, explained
+from .operations.forward_mode import directional, explained
 from .noise import Layout
-from .problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, estimator, partial
-from .recomputation import not_recomputed
+from .host.problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, estimator, partial
+from .operations.recomputation import not_recomputed
 
 # torch.func.jvp scripts its own formulas at its first call, and warns of that.
 warnings.filterwarnings(
@@ -42,7 +42,7 @@ def mixed_mode(
 
     Where PyTorch's formulas of forward mode are wrong under reverse mode (batch, layer and instance norm; solve, det, eigh and
     other linear algebra; cumulative products and log-sums) or missing (glu, packed sequences, fused RNNs), others are used:
-    `evograd.forward_mode.ROWS` lists them. The same past Python (in TorchScript, torch.native_layer_norm) with λ before it, dropout
+    `evograd.operations.forward_mode.ROWS` lists them. The same past Python (in TorchScript, torch.native_layer_norm) with λ before it, dropout
     in TorchScript, operations without any formula (cdist, grid_sample, fused attention), and what forward mode cannot see through
     (an autograd.Function without a jvp, tensor.data = ...) are refused by name.
 

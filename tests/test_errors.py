@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
-from evograd.swap import meeting
+from evograd.host.slots import meeting
 
 from .problems import bilevel
 

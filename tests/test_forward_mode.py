@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import evograd
-from evograd.forward_mode import ROWS, directional, explained
+from evograd.operations.forward_mode import ROWS, directional, explained
 
 from .test_hypergradient import relative_difference
 

@@ -1,4 +1,4 @@
-"""evograd.kinks: with the first pass's choices in the second, a central difference is what double backward gives."""
+"""evograd.operations.kinks: with the first pass's choices in the second, a central difference is what double backward gives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from evograd.kinks import KinkMismatch, Kinks
+from evograd.operations.kinks import KinkMismatch, Kinks
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)  # ties and compiled regions are otherwise there
 

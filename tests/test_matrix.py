@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import evograd
 from evograd.baselines import finite_difference, unrolled
 from evograd.noise import NOISES, SeededNoise
-from evograd.sharded import local
+from evograd.host.sharded import local
 
 from . import test_precision as precision
 from .problems import Bilevel, C, D, N, bilevel, mlp

@@ -11,7 +11,7 @@ from torch import nn
 
 import evograd
 from evograd.baselines import finite_difference
-from evograd.precision import Precision, autocast
+from evograd.host.precision import Precision, autocast
 
 from .problems import Bilevel
 from .reference import second_order_reference

@@ -12,7 +12,9 @@ import torch.utils.checkpoint as checkpoint
 from torch import nn
 
 import evograd
-from evograd import baselines, forward_mode, precision, recomputation
+from evograd import baselines
+from evograd.host import precision
+from evograd.operations import forward_mode, recomputation
 
 from .problems import KINDS, Bilevel, OnceDifferentiable, bilevel
 from .test_hypergradient import Vector, quadratic, relative_difference

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import evograd
 from evograd import noise
 from evograd.baselines import conjugate_gradient, finite_difference, neumann, unrolled
-from evograd.sharded import Sharding, is_sharded, local
+from evograd.host.sharded import Sharding, is_sharded, local
 
 from .problems import KINDS, bilevel
 from .test_distributed import caught, difference, of_group

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
-from evograd import problem
+from evograd.host import problem
 from evograd.lab import checkpoints, methods
 from evograd.lab import processes as lab_processes
 from evograd.lab.quality import QualityLog

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from ..distributed import SHARES
+from ..host.processes import SHARES
 from ..measuring import Cost, by_architecture
 from . import methods
 from .methods import ESTIMATORS, Method

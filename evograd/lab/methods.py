@@ -24,7 +24,7 @@ from ..baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from ..comparison import Estimate, estimates
 from ..hypergradient import hypergradient
 from ..mixed_mode import mixed_mode
-from ..problem import Hypergradient, at
+from ..host.problem import Hypergradient, at
 from .processes import ALONE, Processes
 from .quality import QualityLog
 

@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .forward_mode import bare, nodes
+from ..operations.forward_mode import bare, nodes
 from .in_place import InPlace
-from .noise import Layout, Position, on_the_host
+from ..noise import Layout, Position, on_the_host
 from .precision import Precision
 from .sharded import Sharding, is_sharded, local
-from .swap import Slots, StandIn, copies, meeting, some
+from .slots import Slots, StandIn, copies, meeting, some
 
 Closure = Callable[[nn.Module], Tensor]
 APART = 8  # by fewer eps, and a difference is rounding in good part

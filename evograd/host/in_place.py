@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .noise import Bucket, Position
+from ..noise import Bucket, Position
 from .sharded import Sharding, is_sharded, local
-from .swap import Slots, StandIn, clones, meeting, some, storage, write
+from .slots import Slots, StandIn, clones, meeting, some, storage, write
 
 
 class InPlace:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import autocast
 
-from .threads import Shared, replaced
+from ..operations.threads import Shared, replaced
 
 
 class _OfThisThread(threading.local):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .noise import draw_seeds
+from ..noise import draw_seeds
 from .problem import Problem, Vector, exactly
 
 SHARES = ("candidates", "batch")

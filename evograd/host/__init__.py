@@ -1,0 +1,1 @@
+"""A loss at other parameters, and a model that is left as it was."""
