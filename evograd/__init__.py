@@ -2,9 +2,10 @@
 
 from . import baselines
 from .comparison import compare
+from .guided import guided
+from .host.result import Hypergradient
 from .hypergradient import hypergradient
 from .mixed_mode import mixed_mode
-from .host.problem import Hypergradient
 
-__all__ = ["Hypergradient", "baselines", "compare", "hypergradient", "mixed_mode"]
+__all__ = ["Hypergradient", "baselines", "compare", "guided", "hypergradient", "mixed_mode"]
 __version__ = "0.1.0"

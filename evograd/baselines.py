@@ -9,11 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .operations.forward_mode import nodes, scripted
-from .hypergradient import hypergradient
-from .noise import Layout
-from .host.problem import Closure, Hypergradient, Parameters, Problem, check_count, check_finite, check_positive, estimator, partial
+from .guided import guided
+from .host.checks import Closure, Parameters, check_count, check_positive
+from .host.gathering import partial
+from .host.problem import Problem
+from .host.result import Hypergradient, estimator, plain
 from .host.slots import own_cache
+from .operations.forward_mode import nodes, scripted
 from .operations.threads import Shared, replaced
 
 ENGINES = ("functional", "higher")
@@ -52,7 +54,7 @@ def unrolled(
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     with problem.undisturbed(), _twice_differentiable():
         first, val, grads = (_by_higher if engine == "higher" else _by_holding)(problem, inner_lr, n_steps)
-        return _result(problem.assemble([grads]), val, first.reshape(1))
+        return plain(problem.assemble([grads]), val, first.reshape(1))
 
 
 def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -129,24 +131,22 @@ def finite_difference(
     radius: float = 0.01,
     parameters: Parameters = None,
     lookahead: Parameters | str = "sgd",
-    share_kinks: bool = True,
 ) -> Hypergradient:
     """T1–T2 by a central difference, as in DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055):
 
         dℓ_V/dλ ≈ ∂ℓ_V/∂λ − η (∂ℓ_T(θ⁺, λ)/∂λ − ∂ℓ_T(θ⁻, λ)/∂λ) / 2ε,   θ^± = θ ± ε G,   ε = radius / ‖G‖
 
-    with G = ∂ℓ_V/∂θ at the lookahead parameters. Both passes have the same random draws. It is guided EvoGrad with DARTS' own
-    radius and lookahead.
+    with G = ∂ℓ_V/∂θ at the lookahead parameters. Both passes have the same random draws, and each its own kinks: `evograd.guided`
+    as DARTS has it.
 
     Args:
         radius: > 0, the distance of θ^± from θ.
         lookahead: where G is taken, as in `evograd.mixed_mode`; DARTS' own is "sgd".
-        share_kinks: as in `evograd.hypergradient`; DARTS does not.
 
     The other arguments, returns and errors as in `evograd.mixed_mode`; `candidate_losses` are ℓ_T(θ⁺, λ) and ℓ_T(θ⁻, λ).
     """
-    settings = dict(noise="guided", inner_lr=inner_lr, radius=radius, lookahead=lookahead, share_kinks=share_kinks)
-    return hypergradient(train_loss, val_loss, model, hyperparameters, parameters=parameters, **settings)
+    settings = dict(inner_lr=inner_lr, radius=radius, parameters=parameters, lookahead=lookahead)
+    return guided(train_loss, val_loss, model, hyperparameters, share_kinks=False, **settings)
 
 
 def neumann(
@@ -241,9 +241,9 @@ def _implicit(
 ) -> Hypergradient:
     """∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v, with v of solve(v -> H v, G)."""
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    layout = Layout(problem.theta)
     with problem.undisturbed(), _twice_differentiable():
-        val, direct, flats = problem.val_gradient(layout, [problem.theta])
+        layout = problem.layout
+        val, direct, flats = problem.val_gradient([problem.theta])
         gradient = list(layout.named(flats).values())
         leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())
@@ -264,7 +264,7 @@ def _implicit(
 
             mixed = vector_product(problem.hyperparameters, solve(hessian, gradient), False)
         grads = problem.assemble([direct, [None if m is None else -m for m in mixed]])
-        return _result(grads, val, loss.detach().reshape(1))
+        return plain(grads, val, loss.detach().reshape(1))
 
 
 @contextmanager
@@ -320,14 +320,9 @@ def _train_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
         if any(node.name().startswith("WeightNormInterface") for node in nodes([loss.grad_fn])):
             raise NotImplementedError(
                 "double backward through torch._weight_norm in TorchScript, whose second derivative in PyTorch is wrong; take the "
-                "module unscripted, or use noise='guided', which needs first derivatives alone"
+                "module unscripted, or use evograd.guided, which needs first derivatives alone"
             )
     return loss
-
-
-def _result(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:
-    check_finite(losses, val, grads)
-    return Hypergradient(grads, val, losses, torch.full_like(losses, 1 / len(losses)))
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

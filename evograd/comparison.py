@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from . import measuring
 from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
+from .guided import guided
+from .host.checks import Closure, Parameters, check_count, check_positive, checked_hyperparameters, kept
+from .host.gathering import partial as partial_derivatives
+from .host.problem import Problem
+from .host.result import Hypergradient
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
-from .host.problem import Closure, Hypergradient, Parameters, Problem, check_count, check_positive, checked_hyperparameters, kept
-from .host.problem import partial as partial_derivatives
 
 Estimate = Callable[[], Hypergradient]
 
@@ -61,7 +64,7 @@ def estimates(
     problem = (train_loss, val_loss, model, checked_hyperparameters(hyperparameters))
     common = dict(inner_lr=inner_lr, parameters=parameters)
     evograd = partial(hypergradient, *problem, generator=generator, **common)
-    guided = partial(hypergradient, *problem, noise="guided", **common)
+    along = partial(guided, *problem, **common)
     result = {"exact": partial(unrolled, *problem, **common)}
     for k in (2, 10, 50):
         result[f"evograd_k{k}"] = partial(evograd, n_candidates=k)
@@ -73,9 +76,9 @@ def estimates(
         result[f"evograd_k10_temperature{value:g}"] = partial(evograd, n_candidates=10, temperature=value)
     places = {"": None, "_sgd": "sgd"} | ({"_made": made} if made is not None else {})
     for place, lookahead in places.items():
-        result[f"guided{place}"] = partial(guided, lookahead=lookahead)
+        result[f"guided{place}"] = partial(along, lookahead=lookahead)
         result[f"mixed{place}"] = partial(mixed_mode, *problem, lookahead=lookahead, **common)
-    result["guided_sgd_own_kinks"] = partial(guided, lookahead="sgd", share_kinks=False)
+    result["guided_sgd_own_kinks"] = partial(along, lookahead="sgd", share_kinks=False)
     result["finite_difference"] = partial(finite_difference, *problem, **common)
     result["neumann"] = partial(neumann, *problem, **common)
     result["conjugate_gradient"] = partial(conjugate_gradient, *problem, damping=0.1, parameters=parameters)
@@ -249,13 +252,13 @@ def compare(
 
 def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
     """{name: (estimator, how it is called, its settings)}; T1–T2 first."""
-    evograd, guided, at = "hypergradient", dict(noise="guided"), dict(lookahead="sgd")
+    evograd, at = "hypergradient", dict(lookahead="sgd")
     entries = [
         (_EXACT, unrolled, "baselines.unrolled", {}),
         (_MIXED, mixed_mode, "mixed_mode", at),
         ("mixed mode, G at θ", mixed_mode, "mixed_mode", {}),
-        ("guided", hypergradient, evograd, guided | at),
-        ("guided, G at θ", hypergradient, evograd, guided),
+        ("guided", guided, "guided", at),
+        ("guided, G at θ", guided, "guided", {}),
         ("EvoGrad, K = 2", hypergradient, evograd, {}),
         ("EvoGrad, K = 10", hypergradient, evograd, dict(n_candidates=10)),
         ("finite differences", finite_difference, "baselines.finite_difference", {}),

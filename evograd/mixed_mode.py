@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from .host.checks import Closure, Parameters, check_lookahead, check_positive
+from .host.draws import Occasions
+from .host.gathering import partial
+from .host.problem import Problem
+from .host.result import Hypergradient, estimator, plain
 from .operations.forward_mode import directional, explained
-from .noise import Layout
-from .host.problem import Closure, Hypergradient, Parameters, Problem, check_finite, check_positive, estimator, partial
 from .operations.recomputation import not_recomputed
 
 # torch.func.jvp scripts its own formulas at its first call, and warns of that.
@@ -60,21 +62,20 @@ def mixed_mode(
             does that cannot be taken in forward mode.
     """
     check_positive("inner_lr", inner_lr)
+    check_lookahead(lookahead)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    layout = Layout(problem.theta)
+    occasions = Occasions(problem.draws)
+
+    def loss_at(theta: dict[str, Tensor]) -> Tensor:
+        with problem.holding(theta):
+            return problem.evaluate(train_loss)
+
     with problem.undisturbed():
-        draws = problem.draws.state() if isinstance(lookahead, str) else None
-        val, direct, flats = problem.val_gradient(layout, problem.lookahead(layout, lookahead, inner_lr))
-        gradient = layout.named(flats)
-
-        def loss_at(theta: dict[str, Tensor]) -> Tensor:
-            with problem.holding(theta):
-                return problem.evaluate(train_loss)
-
-        with problem.draws.replay(draws), not_recomputed(), explained():
-            loss, slope = directional(loss_at, problem.theta, gradient, model)
+        ahead = problem.lookahead(lookahead, inner_lr, occasions.first("train"))
+        val, direct, gradient = problem.val_gradient(ahead)
+        with occasions.of("train"), not_recomputed(), explained():
+            # ⟨∇_θ ℓ_T, G⟩ by one pass in forward mode, then its gradient by λ in reverse mode
+            loss, slope = directional(loss_at, problem.theta, problem.layout.named(gradient), model)
             mixed = partial(slope, problem.hyperparameters)
         grads = problem.assemble([direct, [None if g is None else -inner_lr * g for g in mixed]])
-        losses = loss.detach().reshape(1)
-        check_finite(losses, val, grads)
-    return Hypergradient(grads, val, losses, torch.ones_like(losses))
+        return plain(grads, val, loss.detach().reshape(1))

@@ -1,23 +1,24 @@
-"""Parameters end to end in a few flat tensors, and the directions ε_k in which candidates are perturbed there.
+"""The paper's perturbations: directions ε_k, candidates θ_k = θ + σ ε_k, and the merged θ* = Σ_k w_k θ_k.
 
 Noise is drawn again from its seeds whenever it is needed, and not stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+
+from .host.checks import warn
+from .host.draws import draw_seeds, drawn_from
+from .host.precision import Precision
+from .host.vectors import Layout, Position
 
 NoiseFunction = Callable[[Tensor, torch.Generator], Tensor]
-Position = Iterable[Mapping[str, Tensor]]  # values of θ by name, bucket by bucket, each made when it is asked for
-ALIGNMENT = 64  # elements: every tensor begins at a multiple of it
-BUCKET = 2**21  # elements of a bucket, or an eighth of all, if that is more
-PIECE = 2**20  # elements of which noise is there at once, or a sixteenth of all, if that is more
+RESOLVED = 8  # candidates whose distance from θ, over its norm, is this many eps of low precision are told apart
 KEPT = 2**18  # elements of the noise of all candidates, up to which it is kept
 
 
@@ -48,101 +49,7 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
-def on_the_host():
-    """A block in which tensors are real, and no mode sees them."""
-    return _disable_current_modes() if _get_current_dispatch_mode_stack() else nullcontext()
-
-
-def draw_seeds(shape: tuple[int, ...], generator: torch.Generator | None) -> list:
-    """Seeds from a generator on the host, torch's global one if None: real numbers under FakeTensorMode too."""
-    with on_the_host():
-        return torch.randint(2**62, shape, generator=generator, device="cpu").tolist()
-
-
-def drawn_from(seed: int, n: int) -> list[int]:
-    """n further seeds, which depend on this one alone."""
-    return draw_seeds((n,), torch.Generator().manual_seed(seed))
-
-
 NOISES: dict[str, NoiseFunction] = {"sign": sign, "normal": normal}
-
-
-class Bucket:
-    """Parameters of one device and dtype, end to end in a flat tensor, each in its own memory format."""
-
-    def __init__(self, like: Tensor):
-        self.like, self.size = like, 0
-        self.names: list[str] = []
-        self.tensors: list[Tensor] = []
-        self.places: list[tuple[torch.Size, tuple[int, ...], int]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        strides = tensor.stride() if _is_dense(tensor) else _contiguous(tensor.shape)
-        self.names.append(name)
-        self.tensors.append(tensor)
-        self.places.append((tensor.shape, strides, self.size))
-        self.size += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
-
-    def empty(self, n: int | None = None) -> Tensor:
-        """A flat tensor of n rows, or of one without a dimension for rows."""
-        shape = (self.size,) if n is None else (n, self.size)
-        return torch.empty(shape, dtype=self.like.dtype, device=self.like.device)
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self.size, dtype=self.like.dtype, device=self.like.device)
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The tensors in a flat one, (size,), or in each of its rows, (n, size) -> (n, *shape).
-
-        They share its storage and nothing else: what is written into one leaves autograd's counts of the others alone.
-        """
-        if flat.ndim == 1:
-            return [flat.as_strided(shape, strides, offset).data for shape, strides, offset in self.places]
-        n, row = flat.shape
-        return [flat.as_strided((n, *shape), (row, *strides), offset).data for shape, strides, offset in self.places]
-
-
-    def flat(self, tensors: Mapping[int, Tensor | None]) -> Tensor:
-        """Tensors by their numbers, end to end; zeros where there is none, and between them."""
-        found = {i: t.to_dense() if t.is_sparse else t for i, t in tensors.items() if t is not None}
-        if len(self.names) == 1 and found and found[0].stride() == self.places[0][1]:
-            return found[0].as_strided((found[0].numel(),), (1,))  # large ones are not copied
-        flat = self.zeros()
-        views = self.views(flat)
-        torch._foreach_copy_([views[i] for i in found], list(found.values()))
-        return flat
-
-    def moved(self, flat: Tensor) -> dict[str, Tensor]:
-        """{name: θ + step} of the steps in a flat tensor, or in its rows, which becomes the result's storage."""
-        views = self.views(flat)
-        torch._foreach_add_(views, self.tensors)
-        return dict(zip(self.names, views))
-
-
-class Layout:
-    """θ in buckets of a bounded size, in its own order."""
-
-    def __init__(self, theta: Mapping[str, Tensor]):
-        self.n_parameters = sum(p.numel() for p in theta.values())
-        limit = max(BUCKET, self.n_parameters // 8)
-        self.piece = -(-max(PIECE, self.n_parameters // 16) // ALIGNMENT) * ALIGNMENT
-        self.buckets: list[Bucket] = []
-        last: dict[tuple[torch.device, torch.dtype], Bucket] = {}
-        for name, tensor in theta.items():
-            kind = (tensor.device, tensor.dtype)
-            bucket = last.get(kind)
-            if bucket is None or (bucket.size and bucket.size + tensor.numel() > limit):
-                bucket = last[kind] = Bucket(tensor)
-                self.buckets.append(bucket)
-            bucket.add(name, tensor)
-
-    def named(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
-        """{name: tensor} of the buckets' flat tensors."""
-        return {n: t for bucket, flat in zip(self.buckets, flats) for n, t in zip(bucket.names, bucket.views(flat))}
-
-    def moved(self, flats: Iterable[Tensor]) -> Position:
-        """θ + step of the steps in the buckets' flat tensors, which become the result's storage."""
-        return (bucket.moved(flat) for bucket, flat in zip(self.buckets, flats))
 
 
 class SeededNoise:
@@ -155,14 +62,15 @@ class SeededNoise:
 
     def __init__(
         self,
-        function: NoiseFunction,
-        theta: Mapping[str, Tensor],
+        noise: str | NoiseFunction,
+        layout: Layout,
         n_candidates: int,
         generator: torch.Generator | None,
         shard: tuple[int, int] | None = None,
     ):
-        self.function, self.layout = function, Layout(theta)
-        self.by_element = function in NOISES.values()
+        self.name, self.layout = noise, layout
+        self.function = NOISES[noise] if isinstance(noise, str) else noise
+        self.by_element = self.function in NOISES.values()
         n_buckets = len(self.layout.buckets)
         if shard is None:
             self.seeds = draw_seeds((n_candidates, n_buckets), generator)
@@ -222,21 +130,60 @@ class SeededNoise:
         return out
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill their storage without gaps and overlaps, in whatever order."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+class Perturbed:
+    """The paper's candidates θ_k = θ + σ ε_k, k = 0..K−1.
 
+    What an evaluation asks of candidates (see `evograd.evaluation`): `position`, `alike`, `pattern`, and `stacked` of those
+    that are evaluated at once. What is asked of them afterwards: `settings`, `val_first`, `tells_apart`, `check_digits`.
+    """
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, n = [], 1
-    for size in reversed(shape):
-        strides.append(n)
-        n *= size
-    return tuple(reversed(strides))
+    def __init__(self, epsilon: SeededNoise, sigma: float, common_random_numbers: bool):
+        self.epsilon, self.layout, self.sigma, self.common = epsilon, epsilon.layout, sigma, common_random_numbers
+        self.settings, self.val_first = (epsilon.name, sigma), False
+        # Few parameters may get the same noise twice, and there is nothing to tell apart then.
+        self.tells_apart: bool | Tensor = self.layout.n_parameters >= 64
+
+    def position(self, k: int) -> Position:
+        return self.layout.moved(self.epsilon.scaled(k, b, self.sigma) for b in range(len(self.layout.buckets)))
+
+    def stacked(self, candidates: Sequence[int]) -> dict[str, Tensor]:
+        """{name: (len(candidates), *shape)}"""
+        result = {}
+        for b, bucket in enumerate(self.layout.buckets):
+            flat = bucket.empty(len(candidates))
+            for row, k in zip(flat, candidates):
+                self.epsilon.scaled(k, b, self.sigma, out=row)
+            result.update(bucket.moved(flat))
+        return result
+
+    def alike(self, k: int) -> int | None:
+        """By which candidate's random numbers this one draws; None: no other draws the same."""
+        return 0 if self.common else None
+
+    def pattern(self, k: int) -> AbstractContextManager:
+        return nullcontext()
+
+    def merged(self, weights: Tensor) -> Position:
+        """θ* = θ + σ Σ_k w_k ε_k."""
+        for b, bucket in enumerate(self.layout.buckets):
+            flat = bucket.zeros()
+            for k, weight in enumerate(weights.to(flat)):
+                for part, noise in self.epsilon.pieces(k, b):
+                    flat[part].addcmul_(noise, weight, value=self.sigma)
+            yield bucket.moved(flat)
+            del flat
+
+    def slope(self, k: int, b: int, gradient: Tensor) -> Iterator[Tensor]:
+        """⟨G, ε_k⟩ in the terms of one bucket."""
+        for part, noise in self.epsilon.pieces(k, b):
+            piece = gradient[part]
+            yield torch.dot(piece, noise[: len(piece)])
+
+    def check_digits(self, precision: Precision) -> None:
+        """A warning where losses in few digits do not tell candidates apart."""
+        if precision.low and self.sigma < (enough := RESOLVED * precision.eps * self.layout.root_mean_square()):
+            warn(
+                f"losses are computed in {precision.dtype}, which does not resolve by how much candidates differ at "
+                f"sigma={self.sigma!r}: the estimate is rounding in large part. Evaluate them in float32, or take "
+                f"evograd.guided or sigma={1.1 * enough:.1g}"
+            )

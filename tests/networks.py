@@ -36,7 +36,7 @@ def steps(model, size, batch, **settings):
         "plain": plain,
         "evograd": meta(evograd.hypergradient),
         "many": meta(evograd.hypergradient, n_candidates=64),
-        "guided": meta(evograd.hypergradient, noise="guided"),
+        "guided": meta(evograd.guided, inner_lr=0.1),
         "mixed_mode": meta(evograd.mixed_mode, inner_lr=0.1, lookahead="sgd"),
         "unrolled": meta(evograd.baselines.unrolled, inner_lr=0.1),
     }

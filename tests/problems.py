@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
+import evograd
+
 N, D, C = 8, 5, 3  # samples, features, classes
 
 
@@ -174,3 +176,10 @@ def bilevel(kind: str, seed: int = 0) -> Bilevel:
 
         return Bilevel(model, [decay, weights, shift], train_loss, val_loss)
     return Bilevel(model, [weights], weighted, val_loss, parameters=["2.weight", "2.bias"] if kind == "head_only" else None)
+
+
+def estimate(*problem, noise="sign", **settings):
+    """The paper's estimator by its kind of noise; "guided" is a function of its own, at the paper's scale here."""
+    if noise == "guided":
+        return evograd.guided(*problem, **{"inner_lr": 1e-5, **settings})
+    return evograd.hypergradient(*problem, noise=noise, **settings)

@@ -3,7 +3,8 @@
 import torch
 from torch.func import functional_call
 
-from evograd.noise import NOISES, SeededNoise
+from evograd.host.vectors import Layout
+from evograd.noise import SeededNoise
 
 
 class Caller:
@@ -23,18 +24,11 @@ class Caller:
         return self
 
 
-def evograd_reference(
-    problem, n_candidates=2, sigma=1e-3, temperature=0.05, noise="sign", common_random_numbers=False, generator=None, radius=None
-):
-    """Gradients for each hyperparameter, with the random numbers that the library draws from the same seed.
-
-    Guided: pairs θ ± r G/‖G‖ with the softmax linearised where all weights are equal, at the scale of random noise.
-    """
-    train_loss, val_loss, model, hyperparameters = problem.args()
-    own = dict(model.named_parameters())
-    hyper = {id(h) for h in hyperparameters}
+def bare(problem):
+    """(θ by name, a function of a closure and parameters): what the references need of a problem."""
+    model, own = problem.model, dict(problem.model.named_parameters())
+    hyper = {id(h) for h in problem.hyperparameters}
     names = problem.parameters or [n for n, p in own.items() if p.requires_grad and id(p) not in hyper]
-    theta = {n: own[n].detach() for n in names}
 
     def loss(closure, parameters):
         buffers = {n: b.clone() for n, b in model.named_buffers()}
@@ -42,30 +36,39 @@ def evograd_reference(
         model.train()
         return value
 
-    if noise == "guided":
-        at = {n: p.clone().requires_grad_() for n, p in theta.items()}
-        value = loss(val_loss, at)
-        gradient = dict(zip(at, torch.autograd.grad(value, list(at.values()), retain_graph=True)))
-        flat = torch.cat([g.flatten() for g in gradient.values()])
-        signs = [1.0 if k % 2 == 0 else -1.0 for k in range(n_candidates)]
-        if n_candidates % 2 == 1:
-            signs[-1] = 0.0
-        eta, sigma = sigma**2 * (n_candidates - 1) / (n_candidates * temperature), radius
-        epsilon = [{n: s * g / flat.norm() for n, g in gradient.items()} for s in signs]
-    else:
-        draw = SeededNoise(NOISES.get(noise, noise), theta, n_candidates, generator)
-        epsilon = [{n: draw(k, n) for n in theta} for k in range(n_candidates)]
+    return {n: own[n].detach() for n in names}, loss
+
+
+def guided_reference(problem, inner_lr, radius):
+    """∂ℓ_V/∂λ − η ‖G‖ (∂ℓ_T(θ⁺)/∂λ − ∂ℓ_T(θ⁻)/∂λ) / 2r, both losses with the same random numbers."""
+    theta, loss = bare(problem)
+    at = {n: p.clone().requires_grad_() for n, p in theta.items()}
+    value = loss(problem.val_loss, at)
+    gradient = dict(zip(at, torch.autograd.grad(value, list(at.values()), retain_graph=True)))
+    norm = torch.cat([g.flatten() for g in gradient.values()]).norm()
+    state, losses = torch.get_rng_state(), []
+    for sign in (1, -1):
+        torch.set_rng_state(state)
+        losses.append(loss(problem.train_loss, {n: theta[n] + sign * radius * g / norm for n, g in gradient.items()}))
+    return torch.autograd.grad(value - inner_lr * norm * (losses[0] - losses[1]) / (2 * radius), problem.hyperparameters)
+
+
+def evograd_reference(
+    problem, n_candidates=2, sigma=1e-3, temperature=0.05, noise="sign", common_random_numbers=False, generator=None
+):
+    """Gradients for each hyperparameter, with the random numbers that the library draws from the same seed."""
+    train_loss, val_loss, hyperparameters = problem.train_loss, problem.val_loss, problem.hyperparameters
+    theta, loss = bare(problem)
+    draw = SeededNoise(noise, Layout(theta), n_candidates, generator)
+    epsilon = [{n: draw(k, n) for n in theta} for k in range(n_candidates)]
 
     losses, states = [], {}
     for k in range(n_candidates):
-        group = 0 if common_random_numbers else min(k // 2, n_candidates // 2 - 1) if noise == "guided" else k
+        group = 0 if common_random_numbers else k
         if group in states:
             torch.set_rng_state(states[group])
         states[group] = torch.get_rng_state()
         losses.append(loss(train_loss, {n: theta[n] + sigma * epsilon[k][n] for n in theta}))
-    if noise == "guided":
-        pairs = sum(s * ell for s, ell in zip(signs, losses)) / (2 * radius * (n_candidates // 2))
-        return torch.autograd.grad(value - eta * flat.norm() * pairs, hyperparameters)
     weights = torch.softmax(-torch.stack(losses) / temperature, dim=0)
     merged = {n: sum(w * (theta[n] + sigma * e[n]) for w, e in zip(weights, epsilon)) for n in theta}
     return torch.autograd.grad(loss(val_loss, merged), hyperparameters)

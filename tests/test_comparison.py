@@ -104,7 +104,7 @@ def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
     assert printed.out.startswith(f"guided: cosine 1.000 to T1–T2 at 0.50 of its time and {memory:.2f} of its memory\n")
     columns = next(line for line in printed.out.splitlines()[2:] if line.startswith("guided ")).split()
     assert columns[:5] == ["guided", "1.000", "1.000", "1.000", "2.00"]
-    assert "  hypergradient(noise='guided', lookahead='sgd', inner_lr=0.1)" in printed.out
+    assert "  guided(lookahead='sgd', inner_lr=0.1)" in printed.out
 
 
 def test_iterators_last_for_every_estimator(known_seconds):

@@ -299,8 +299,8 @@ def directions(tensor, generator):
 
 def evograd_with(**settings):
     def estimate(*problem):
-        generator = {} if settings.get("noise") == "guided" else {"generator": torch.Generator().manual_seed(1)}
-        return evograd.hypergradient(*problem, n_candidates=4, inner_lr=0.1, **generator, **settings)
+        generator = torch.Generator().manual_seed(1)
+        return evograd.hypergradient(*problem, n_candidates=4, inner_lr=0.1, generator=generator, **settings)
 
     return estimate
 
@@ -313,8 +313,8 @@ ESTIMATORS = {
     "common_random_numbers": evograd_with(common_random_numbers=True),
     "normal": evograd_with(noise="normal"),
     "directions": evograd_with(noise=directions),
-    "guided": evograd_with(noise="guided", lookahead="sgd"),
-    "guided_retain": evograd_with(noise="guided", strategy="retain", share_kinks=False, radius=1e-2),
+    "guided": functools.partial(evograd.guided, inner_lr=0.1, lookahead="sgd"),
+    "guided_retain": functools.partial(evograd.guided, inner_lr=0.1, strategy="retain", share_kinks=False, radius=1e-2),
     "mixed_mode": functools.partial(evograd.mixed_mode, inner_lr=0.1, lookahead="sgd"),
     "unrolled": functools.partial(baselines.unrolled, inner_lr=0.1, n_steps=2),
     "higher": functools.partial(baselines.unrolled, inner_lr=0.1, engine="higher"),

@@ -19,6 +19,7 @@ import evograd
 from label_noise_mwn.models import resnet, weight_net
 
 from .problems import bilevel
+from .problems import estimate as by_noise
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 SIZES = (1, 2, 4)
@@ -28,24 +29,26 @@ SETTINGS = {
     "normal": {"noise": "normal", "n_candidates": 64},
     "retain": {"strategy": "retain", "n_candidates": 6},
     "common": {"common_random_numbers": True, "inner_lr": 0.1},
-    "guided": {"noise": "guided", "n_candidates": 8, "radius": 0.1},
-    "guided_retain": {"noise": "guided", "radius": 0.1, "strategy": "retain", "n_candidates": 9},
-    "guided_sgd": {"noise": "guided", "radius": 0.1, "lookahead": "sgd", "inner_lr": 0.1, "n_candidates": 8},
+}
+GUIDED = {
+    "guided": {"noise": "guided", "radius": 0.1},
+    "guided_retain": {"noise": "guided", "radius": 0.1, "strategy": "retain"},
+    "guided_sgd": {"noise": "guided", "radius": 0.1, "lookahead": "sgd", "inner_lr": 0.1},
 }
 KINDS = ["mixed_shapes", "val_depends_directly", "hyperparameters_inside", "batchnorm"]
-OWN_SEEDS = ("sign", "common", "guided", "guided_sgd")
+OWN_SEEDS = ("sign", "common")
 FLOAT32 = {  # the paper's σ and τ, at which rounding matters most
     "stream": {"n_candidates": 64, "sigma": 0.001, "temperature": 0.05},
     "retain": {"n_candidates": 8, "sigma": 0.001, "temperature": 0.05, "strategy": "retain"},
 }
-RANDOM = [name for name, settings in SETTINGS.items() if settings.get("noise") != "guided"]
 
 
 def estimate(args, group=None, seed=3, **settings):
     """Everything that a call returns, as one list of tensors."""
     torch.manual_seed(seed)
-    settings = {"n_candidates": 4, "sigma": 0.1, "temperature": 0.2, **settings}
-    result = evograd.hypergradient(*args, group=group, **settings)
+    if settings.get("noise") != "guided":
+        settings = {"n_candidates": 4, "sigma": 0.1, "temperature": 0.2, **settings}
+    result = by_noise(*args, group=group, **settings)
     return [*result.grads, result.val_loss, result.candidate_losses, result.weights]
 
 
@@ -127,8 +130,9 @@ def process(rank, folder):
             for kind in KINDS:
                 seen["candidates", size, kind, name] = estimate(bilevel(kind).args(), group, **settings)
             seen["candidates", size, "dropout", name] = estimate(bilevel("dropout").args(), group, **settings)
-            if name in RANDOM:
-                seen["batch", size, name] = estimate(in_parts(rank, size), group, share="batch", **settings)
+            seen["batch", size, name] = estimate(in_parts(rank, size), group, share="batch", **settings)
+        for name, settings in GUIDED.items():
+            seen["batch", size, name] = estimate(in_parts(rank, size), group, share="batch", **settings)
         seen["batch", size, "float32"] = estimate(in_parts(rank, size, torch.float32), group, share="batch")
         for name, settings in FLOAT32.items():
             seen["float32", size, name] = estimate(label_noise(8), group, **settings)
@@ -151,8 +155,7 @@ def process(rank, folder):
     seen["own_seeds", "batch"] = estimate(dropout, world, share="batch", seed=rank, generator=generator)
     # arguments
     seen["too_few",] = caught(lambda: estimate(args, world, n_candidates=3))
-    seen["guided_too_few",] = caught(lambda: estimate(args, world, noise="guided", n_candidates=6))
-    seen["guided_batch",] = caught(lambda: estimate(args, world, noise="guided", share="batch"))
+    seen["guided_candidates",] = caught(lambda: estimate(args, world, noise="guided", share="candidates"))
     # a closure that fails in one process, at every stage of the step
     train_loss, val_loss, model, hyperparameters = args
 
@@ -174,8 +177,13 @@ def process(rank, folder):
         }.items():
             problem = (*bad, model, hyperparameters)
             seen["failing", name, share] = caught(lambda: estimate(problem, world, n_candidates=8, share=share))
-    problem = (train_loss, failing(val_loss, 0), model, hyperparameters)
-    seen["failing", "guided"] = caught(lambda: estimate(problem, world, noise="guided", n_candidates=8))
+    for name, bad in {
+        "guided": (train_loss, failing(val_loss, 0)),
+        "guided_sgd": (failing(train_loss, 0), val_loss),
+        "guided_pair": (failing(train_loss, 2), val_loss),
+    }.items():
+        ahead = dict(noise="guided", inner_lr=0.1, lookahead="sgd")
+        seen["failing", name] = caught(lambda: estimate((*bad, model, hyperparameters), world, **ahead))
     seen["after",] = estimate(args, world)
 
     # a process that dies
@@ -233,9 +241,9 @@ def test_numbers_that_closures_draw_do_not_depend_on_the_number_of_processes(see
         assert difference(of_group(seen, "candidates", size, "dropout", name, size=size), expected) < 1e-12
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", [*SETTINGS, *GUIDED])
 def test_parts_of_the_batch_give_what_the_whole_gives(seen, name):
-    expected = estimate(in_parts(), **SETTINGS[name])
+    expected = estimate(in_parts(), **(SETTINGS | GUIDED)[name])
     for size in SIZES:
         assert difference(of_group(seen, "batch", size, name, size=size), expected) < 1e-12
 
@@ -312,8 +320,7 @@ def test_arguments(seen):
         estimate(args, True)
     for rank in range(4):
         assert "n_candidates=3 cannot be shared out over 4 processes" in seen[rank]["too_few",][0]
-        assert "n_candidates=6 cannot be shared out over 4 processes in pairs" in seen[rank]["guided_too_few",][0]
-        assert "share='batch' with noise='guided'" in seen[rank]["guided_batch",][0]
+        assert "the two of a guided pair stay together" in seen[rank]["guided_candidates",][0]
         assert rank == 0 or "group must be" in seen[rank]["not_in_group",][0]
 
 
@@ -326,7 +333,8 @@ def test_nothing_is_read_on_the_host(settings):
     try:
         with FakeTensorMode():
             args = label_noise(8)
-            result = evograd.hypergradient(*args, n_candidates=8, group=dist.group.WORLD, **settings)
+            settings = settings if settings.get("noise") else {"n_candidates": 8, **settings}
+            result = by_noise(*args, group=dist.group.WORLD, **settings)
     finally:
         dist.destroy_process_group()
     assert [g.shape for g in result.grads] == [h.shape for h in args[3]]

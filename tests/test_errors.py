@@ -20,6 +20,10 @@ def call(method=evograd.hypergradient, train_loss=TRAIN, val_loss=VAL, model=MOD
     return method(train_loss, val_loss, model, hyperparameters, **settings)
 
 
+def guided(*args, **settings):
+    return evograd.guided(*args, **{"inner_lr": 0.1, **settings})
+
+
 def mixed_mode(*args, **settings):
     return evograd.mixed_mode(*args, **{"inner_lr": 0.1, **settings})
 
@@ -37,19 +41,14 @@ def unrolled(*args, **settings):
         ({"sigma": math.nan}, ValueError, ["sigma=nan", "positive"]),
         ({"temperature": -1.0}, ValueError, ["temperature=-1.0", "positive"]),
         ({"inner_lr": 0.0}, ValueError, ["inner_lr=0.0", "positive"]),
-        ({"noise": "pink"}, ValueError, ["noise='pink'", "'sign'", "'normal'", "'guided'", "function"]),
+        ({"noise": "pink"}, ValueError, ["noise='pink'", "'sign'", "'normal'", "function"]),
         ({"noise": lambda like, generator: torch.ones(3)}, ValueError, ["noise returned (3,)", "must be"]),
         ({"strategy": "store"}, ValueError, ["strategy='store'", "'stream'", "'retain'"]),
-        ({"lookahead": "sgd"}, ValueError, ["lookahead", "'sign'"]),
-        ({"lookahead": "sgd", "noise": "guided"}, ValueError, ["lookahead='sgd' needs inner_lr"]),
-        ({"lookahead": "adam", "noise": "guided"}, ValueError, ["lookahead='adam'", "'sgd'"]),
-        ({"lookahead": {"0.bias": torch.ones(9)}, "noise": "guided"}, ValueError, ["lookahead", "0.bias", "(9,)", "(6,)"]),
         ({"parameters": ["0.wait"]}, ValueError, ["no parameter '0.wait'", "'0.weight'"]),
         ({"parameters": MODEL.parameters()}, ValueError, ["parameters", "without names", "named_parameters()"]),
         ({"parameters": {"0.bias": 3}}, ValueError, ["'0.bias' is int", "tensor"]),
         ({"parameters": {"0.bias": torch.zeros(6)}}, ValueError, ["float32", "float64"]),
         ({"generator": 0}, ValueError, ["generator is int", "torch.Generator"]),
-        ({"generator": torch.Generator(), "noise": "guided"}, ValueError, ["generator", "draws nothing"]),
         ({"hyperparameters": nn.Linear(1, 1)}, TypeError, ["not Linear", "list(module.parameters())"]),
         ({"noise": lambda like, generator: like.float()}, ValueError, ["noise returned", "float32", "float64"]),
         ({"parameters": []}, ValueError, ["parameters is empty"]),
@@ -71,6 +70,13 @@ def unrolled(*args, **settings):
         ({"model": nn.Linear(5, 3).requires_grad_(False)}, ValueError, ["parameters", "no parameter that requires grad"]),
         ({"method": mixed_mode, "inner_lr": -1}, ValueError, ["inner_lr=-1", "positive"]),
         ({"method": mixed_mode, "lookahead": "adam"}, ValueError, ["lookahead='adam'"]),
+        ({"noise": "guided"}, ValueError, ["noise='guided'", "'sign'", "evograd.guided is a function of its own"]),
+        ({"method": guided, "lookahead": "adam"}, ValueError, ["lookahead='adam'", "'sgd'"]),
+        ({"method": guided, "lookahead": {"0.bias": torch.ones(9)}}, ValueError, ["lookahead", "0.bias", "(9,)", "(6,)"]),
+        ({"method": guided, "radius": 0}, ValueError, ["radius=0", "positive"]),
+        ({"method": guided, "inner_lr": math.nan}, ValueError, ["inner_lr=nan", "positive"]),
+        ({"method": guided, "strategy": "vmap"}, ValueError, ["'vmap'", "'stream', 'in_place' and 'retain'"]),
+        ({"method": guided, "strategy": "store"}, ValueError, ["strategy='store'", "'stream'", "'retain'"]),
         ({"method": unrolled, "inner_lr": math.inf}, ValueError, ["inner_lr=inf"]),
         ({"method": unrolled, "n_steps": 0}, ValueError, ["n_steps=0", "at least 1"]),
     ],
@@ -82,7 +88,7 @@ def test_message(settings, error, words):
         assert word in str(raised.value)
 
 
-@pytest.mark.parametrize("method", [mixed_mode, unrolled])
+@pytest.mark.parametrize("method", [mixed_mode, guided, unrolled])
 @pytest.mark.parametrize("loss", ["train_loss", "val_loss"])
 def test_losses_are_checked_in_every_estimator(method, loss):
     good = {"train_loss": TRAIN, "val_loss": VAL}[loss]

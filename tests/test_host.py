@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import evograd
 
-from .problems import N, D, C, Bilevel, Softplus, bilevel
+from .problems import N, D, C, Bilevel, Softplus, bilevel, estimate
 from .reference import evograd_reference
 from .test_hypergradient import relative_difference
 
@@ -26,7 +26,7 @@ ESTIMATORS = {
     "stream": lambda *a, **k: evograd.hypergradient(*a, n_candidates=4, sigma=0.01, **k),
     "retain": lambda *a, **k: evograd.hypergradient(*a, strategy="retain", **k),
     "vmap": lambda *a, **k: evograd.hypergradient(*a, strategy="vmap", **k),
-    "guided": lambda *a, **k: evograd.hypergradient(*a, noise="guided", inner_lr=ETA, lookahead="sgd", **k),
+    "guided": lambda *a, **k: evograd.guided(*a, inner_lr=ETA, lookahead="sgd", **k),
     "mixed_mode": lambda *a, **k: evograd.mixed_mode(*a, inner_lr=ETA, lookahead="sgd", **k),
     "unrolled": lambda *a, **k: b.unrolled(*a, inner_lr=ETA, **k),
     "higher": lambda *a, **k: b.unrolled(*a, inner_lr=ETA, engine="higher", **k),
@@ -303,7 +303,7 @@ def test_candidates_do_not_see_what_others_left_behind(estimator, float64):
 @pytest.mark.parametrize("estimator", [*(name for name in ESTIMATORS if name != "higher"), "in_place"])
 def test_a_cache_of_parametrizations_is_of_one_evaluation(estimator, float64):
     """Within parametrize.cached(), and where that has computed something from θ already."""
-    in_place = lambda *a: evograd.hypergradient(*a, noise="guided", strategy="in_place", inner_lr=ETA)
+    in_place = lambda *a: evograd.guided(*a, strategy="in_place", inner_lr=ETA)
     problem = problem_of(parametrized(), "losses")
     call = {**ESTIMATORS, "in_place": in_place}[estimator]
     torch.manual_seed(3)
@@ -341,7 +341,7 @@ class Remembering(nn.Module):
 def test_a_tensor_that_a_graph_is_written_into_has_none_afterwards(kind, estimator, float64):
     torch.manual_seed(0)
     problem = problem_of(Remembering(kind), "losses")
-    in_place = lambda *a, **k: evograd.hypergradient(*a, strategy="in_place", inner_lr=ETA, **k)
+    in_place = lambda *a, **k: estimate(*a, strategy="in_place", inner_lr=ETA, **k)
     call = {"in_place": in_place, "in_place_guided": lambda *a: in_place(*a, noise="guided", lookahead="sgd")}
     result = {**ESTIMATORS, **call}[estimator](*problem.args())
     last = problem.model.last
@@ -467,7 +467,7 @@ def sharpness(plain):
 @pytest.mark.parametrize("bucket", [2**21, 20])  # θ in one, or in several, whose gradients are dropped on the way
 @pytest.mark.parametrize("strategy", ["stream", "retain", "vmap"])
 def test_a_validation_loss_with_gradients_of_its_own(strategy, bucket, monkeypatch, float64):
-    monkeypatch.setattr(importlib.import_module("evograd.noise"), "BUCKET", bucket)
+    monkeypatch.setattr(importlib.import_module("evograd.host.vectors"), "BUCKET", bucket)
     problem = bilevel("mlp")
     problem.val_loss = sharpness(problem.val_loss)
     settings = dict(n_candidates=3, sigma=0.1, temperature=0.2)
@@ -642,8 +642,8 @@ def test_in_place_they_are_the_same(by, float64):
     forward = plain if by == "plain" else lambda m: m(x)
     weighted = lambda f: lambda m: (lam.sigmoid() * F.cross_entropy(f(m), y, reduction="none")).mean()
     loss = lambda f: lambda m: F.cross_entropy(f(m), y)
-    settings = dict(noise="guided", inner_lr=ETA, lookahead="sgd")
-    found = evograd.hypergradient(weighted(forward), loss(forward), model, [lam], strategy="in_place", **settings).grads
+    settings = dict(inner_lr=ETA, lookahead="sgd", strategy="in_place")
+    found = evograd.guided(weighted(forward), loss(forward), model, [lam], **settings).grads
     expected = b.unrolled(weighted(plain), loss(plain), model, [lam], inner_lr=ETA).grads
     assert relative_difference(found, expected) < 1e-6
 
@@ -686,7 +686,7 @@ def test_there_is_a_warning_where_two_candidates_are_not_told_apart(kind, settin
         loss = lambda m: F.cross_entropy(m(x), y) + lam.exp() * sum(p.square().sum() for p in m.parameters())
     expected = nullcontext() if kind == "none" else pytest.warns(UserWarning, match=r"hyperparameters\[0\].* eps of .*mixed_mode")
     with expected:
-        evograd.hypergradient(loss, lambda m: F.cross_entropy(m(x), y), model, [lam], **settings)
+        estimate(loss, lambda m: F.cross_entropy(m(x), y), model, [lam], **settings)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

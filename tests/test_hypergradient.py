@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import evograd
+from evograd.host.vectors import Layout
 from evograd.noise import SeededNoise, sign
 
-from .problems import KINDS, bilevel
-from .reference import evograd_reference
+from .problems import KINDS, bilevel, estimate
+from .reference import evograd_reference, guided_reference
 
 
 def uniform(like, generator):
@@ -31,22 +32,36 @@ STRATEGIES = [{"strategy": "stream"}, {"strategy": "retain"}, {"strategy": "vmap
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap, at weight_norm
 @pytest.mark.parametrize("common", [False, True])
-@pytest.mark.parametrize("noise", ["sign", "normal", "guided", uniform])
+@pytest.mark.parametrize("noise", ["sign", "normal", uniform])
 @pytest.mark.parametrize("n_candidates", [2, 3, 10])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_differentiation_through_the_softmax(kind, n_candidates, noise, common):
     problem = bilevel(kind)
     settings = dict(n_candidates=n_candidates, sigma=0.1, temperature=0.2, noise=noise, common_random_numbers=common)
-    settings |= {"radius": 0.3} if noise == "guided" else {}
     torch.manual_seed(3)
     expected = evograd_reference(problem, **settings)
-    for strategy in STRATEGIES[: 2 if noise == "guided" else None]:
+    for strategy in STRATEGIES:
         if strategy["strategy"] == "vmap" and kind in ("dropout", "lstm"):
             continue  # draws for all candidates at once; has no batching rule
         torch.manual_seed(3)
         result = evograd.hypergradient(*problem.args(), parameters=problem.parameters, **strategy, **settings)
         assert relative_difference(result.grads, expected) < 1e-10
         assert [g.shape for g in result.grads] == [h.shape for h in problem.hyperparameters]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guided_equals_the_difference_written_out(kind):
+    """At a radius so large that the pair is far from its limit; each with its own kinks."""
+    problem = bilevel(kind)
+    torch.manual_seed(3)
+    expected = guided_reference(problem, 0.1, radius=0.3)
+    for strategy in ("stream", "retain", "in_place"):
+        torch.manual_seed(3)
+        settings = dict(parameters=problem.parameters, strategy=strategy, inner_lr=0.1, radius=0.3, share_kinks=False)
+        result = evograd.guided(*problem.args(), **settings)
+        assert relative_difference(result.grads, expected) < 1e-10
+        assert [g.shape for g in result.grads] == [h.shape for h in problem.hyperparameters]
+        assert result.candidate_losses.shape == (2,) and result.weights.tolist() == [0.5, 0.5]
 
 
 def test_every_dtype_of_result():
@@ -70,7 +85,7 @@ def test_complex_hyperparameters_are_pairs_of_real_ones(noise, strategy, float64
 
     def grads(loss, lam):
         torch.manual_seed(1)
-        return evograd.hypergradient(loss, problem.val_loss, problem.model, [*lam, scale], noise=noise, strategy=strategy).grads
+        return estimate(loss, problem.val_loss, problem.model, [*lam, scale], noise=noise, strategy=strategy).grads
 
     dz, other = grads(lambda m: train(z.real, z.imag)(m), [z])
     re, im, same = grads(train(*real), real)
@@ -102,16 +117,17 @@ def test_common_random_numbers_draw_once_and_move_on():
 
     def drawn(**settings):
         draws.clear()
-        evograd.hypergradient(train_loss, *problem.args()[1:], n_candidates=4, **settings)
+        estimate(train_loss, *problem.args()[1:], **settings)
         return list(draws)
 
-    assert len(set(drawn())) == 4
-    first, second = drawn(common_random_numbers=True), drawn(common_random_numbers=True)
+    four = dict(n_candidates=4)
+    assert len(set(drawn(**four))) == 4
+    first, second = drawn(common_random_numbers=True, **four), drawn(common_random_numbers=True, **four)
     assert len(set(first)) == 1 and len(set(second)) == 1 and first != second
     after = torch.rand(()).item()
     assert after not in first + second
-    pairs = drawn(noise="guided")
-    assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
+    pairs = [*drawn(noise="guided"), *drawn(noise="guided", lookahead="sgd")]
+    assert pairs[0] == pairs[1] != pairs[2] == pairs[3] == pairs[4]
 
 
 def test_parameters_as_tensors_are_taken_for_theta():
@@ -131,14 +147,8 @@ def test_parameters_as_tensors_are_taken_for_theta():
         )
     assert relative_difference(*results) < 1e-12
     guided = [
-        evograd.hypergradient(
-            problem.train_loss,
-            problem.val_loss,
-            m,
-            problem.hyperparameters,
-            noise="guided",
-            parameters=p,
-            lookahead=look,
+        evograd.guided(
+            problem.train_loss, problem.val_loss, m, problem.hyperparameters, inner_lr=0.1, parameters=p, lookahead=look
         ).grads
         for m, p, look in (
             (problem.model, None, elsewhere),
@@ -158,7 +168,7 @@ def test_sign_noise_is_fair_and_independent():
 
 def test_noise_differs_between_tensors_and_candidates():
     theta = {name: torch.zeros(64) for name in "ab"}
-    noise = SeededNoise(sign, theta, 2, None)
+    noise = SeededNoise(sign, Layout(theta), 2, None)
     drawn = [noise(k, name) for k in range(2) for name in "ab"]
     assert all(not torch.equal(drawn[i], drawn[j]) for i in range(4) for j in range(i))
     assert torch.equal(noise(1, "a"), drawn[2])
@@ -241,8 +251,7 @@ def smooth_network():
     )
 
 
-@pytest.mark.parametrize("n_candidates", [2, 4])
-def test_a_guided_pair_that_shares_its_kinks_is_mixed_mode(n_candidates, float64):
+def test_a_guided_pair_that_shares_its_kinks_is_mixed_mode(float64):
     """ReLU and max-pooling, λ in front of the network; at a radius of 1e-3 activations cross their kinks."""
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
@@ -252,33 +261,20 @@ def test_a_guided_pair_that_shares_its_kinks_is_mixed_mode(n_candidates, float64
     scale = torch.rand(12, 12, requires_grad=True)
     args = (lambda m: F.cross_entropy(m(x * scale), y), lambda m: F.cross_entropy(m(x_val), y_val), model, [scale])
     exact = evograd.mixed_mode(*args, inner_lr=0.1, lookahead="sgd").grads
-    guided = lambda **settings: evograd.hypergradient(
-        *args, noise="guided", inner_lr=0.1, lookahead="sgd", n_candidates=n_candidates, **settings
-    ).grads
+    guided = lambda **settings: evograd.guided(*args, inner_lr=0.1, lookahead="sgd", **settings).grads
     assert relative_difference(guided(radius=1e-6), exact) < 1e-6
     assert relative_difference(guided(), exact) < 1e-6
     assert relative_difference(guided(radius=1e-3), exact) < 1e-5
     assert relative_difference(guided(radius=1e-3, share_kinks=False), exact) > 1
 
 
-@pytest.mark.parametrize("n_candidates", [2, 3, 6])
 @pytest.mark.parametrize("lookahead", ["sgd", None])
-def test_guided_is_close_to_second_order(lookahead, n_candidates):
+def test_guided_is_close_to_second_order(lookahead):
     args = smooth_network()
     exact = evograd.baselines.unrolled(*args, inner_lr=0.05).grads[0]
-    guided = evograd.hypergradient(*args, noise="guided", inner_lr=0.05, lookahead=lookahead, n_candidates=n_candidates).grads[
-        0
-    ]
+    guided = evograd.guided(*args, inner_lr=0.05, lookahead=lookahead).grads[0]
     assert torch.cosine_similarity(guided, exact, dim=0) > 0.99
     assert guided.norm() / exact.norm() == pytest.approx(1, abs=0.05)
-
-
-def test_guided_has_the_scale_of_random_noise():
-    """σ² (K − 1) / (K τ), so that a meta-learning rate that fits one kind of noise fits the other."""
-    args = smooth_network()
-    for settings, eta in (({}, 1e-5), ({"sigma": 0.01, "temperature": 0.1, "n_candidates": 4}, 0.01**2 * 3 / (4 * 0.1))):
-        natural, scaled = (evograd.hypergradient(*args, noise="guided", inner_lr=lr, **settings).grads[0] for lr in (None, eta))
-        torch.testing.assert_close(natural, scaled)
 
 
 # --- a guest in somebody's model ---------------------------------------------------------------------------------------
@@ -288,11 +284,11 @@ def test_guided_without_a_validation_gradient():
     """Where G is zero there is no direction: what is left is the direct dependence."""
     problem = bilevel("mlp")
     (weights,) = problem.hyperparameters
-    result = evograd.hypergradient(
+    result = evograd.guided(
         problem.train_loss,
         lambda m: m(torch.zeros(1, 5).double()).sum() * 0 + weights.square().sum(),
         *problem.args()[2:],
-        noise="guided",
+        inner_lr=0.1,
     )
     torch.testing.assert_close(result.grads[0], 2 * weights.detach())
 
@@ -351,7 +347,7 @@ def assert_same(before, after):
 METHODS = {
     "stream": lambda *a, **k: evograd.hypergradient(*a, **k),
     "retain": lambda *a, **k: evograd.hypergradient(*a, strategy="retain", **k),
-    "guided": lambda *a, **k: evograd.hypergradient(*a, noise="guided", **k),
+    "guided": lambda *a, **k: evograd.guided(*a, inner_lr=0.1, **k),
     "mixed_mode": lambda *a, **k: evograd.mixed_mode(*a, inner_lr=0.1, lookahead="sgd", **k),
     "unrolled": lambda *a, **k: evograd.baselines.unrolled(*a, inner_lr=0.1, **k),
 }
@@ -418,7 +414,7 @@ def test_six_lines_in_a_loop(noise):
         optimizer.zero_grad()
         train_loss(model).backward(inputs=list(model.parameters()))
         optimizer.step()
-        result = evograd.hypergradient(train_loss, lambda m: F.cross_entropy(m(x @ turn.T), y), model, [angle], noise=noise)
+        result = estimate(train_loss, lambda m: F.cross_entropy(m(x @ turn.T), y), model, [angle], noise=noise)
         angle.grad = result.grads[0]
         meta_optimizer.step()
         angles.append(angle.item())

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import evograd
 from evograd.baselines import finite_difference, unrolled
-from evograd.noise import NOISES, SeededNoise
+from evograd.host.vectors import Layout
+from evograd.noise import SeededNoise
 from evograd.host.sharded import local
 
 from . import test_precision as precision
@@ -40,7 +41,7 @@ README = Path(__file__).resolve().parents[1] / "evograd/README.md"
 LR, SEED, PROCESSES = 0.1, 7, 2
 ESTIMATORS = {
     "evograd": evograd.hypergradient,
-    "guided": lambda *args, **settings: evograd.hypergradient(*args, **{**SGD, "noise": "guided", **settings}),
+    "guided": lambda *args, **settings: evograd.guided(*args, **{**SGD, **settings}),
     "mixed_mode": lambda *args, **settings: evograd.mixed_mode(*args, **{**SGD, **settings}),
     "unrolled": lambda *args, **settings: unrolled(*args, inner_lr=LR, **settings),
     "finite_difference": lambda *args, **settings: finite_difference(*args, **{"inner_lr": LR, "radius": 1e-4, **settings}),
@@ -325,7 +326,7 @@ OF_PROCESSES = [
         PLAIN,
         {
             "evograd": Had('wrapped, `strategy="in_place", share="batch"`', settings=PART),
-            "guided": Had("on `ddp.module`, each process the whole batch", settings={"share": "candidates", "n_candidates": 4}),
+            "guided": Had('wrapped, `strategy="in_place", share="batch"`', settings=PART),
             "mixed_mode": Had("on `ddp.module`, each process the whole batch"),
             "unrolled": Had("on `ddp.module`, each process the whole batch"),
             "finite_difference": Had("on `ddp.module`, each process the whole batch"),
@@ -375,7 +376,7 @@ def process(rank, folder):
         if row.name == FSDP:
             shards = {name: local(p) for name, p in model.named_parameters()}
             torch.manual_seed(SEED)
-            epsilon = SeededNoise(NOISES["sign"], shards, 2, None, (rank, PROCESSES))
+            epsilon = SeededNoise("sign", Layout(shards), 2, None, (rank, PROCESSES))
             seen["noise"] = {(k, name): epsilon(k, name).clone() for k in range(2) for name in shards}
     dist.barrier()
     torch.save(seen, f"{folder}/{rank}.pt")

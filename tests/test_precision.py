@@ -64,14 +64,14 @@ def exact():
 @pytest.mark.parametrize("by", ["parameters", "autocast"])
 @pytest.mark.parametrize("dtype", LOW)
 def test_guided_takes_a_radius_that_is_resolved(dtype, by, strategy, exact):
-    settings = dict(noise="guided", inner_lr=LR, lookahead="sgd", strategy=strategy)
-    found = evograd.hypergradient(*low(dtype, by).args(), **settings).grads
+    settings = dict(inner_lr=LR, lookahead="sgd", strategy=strategy)
+    found = evograd.guided(*low(dtype, by).args(), **settings).grads
     assert cosine(found, exact) > 0.99
     for a, b in zip(found, exact):
         assert 0.9 < a.double().norm() / b.norm() < 1.1
     # which is the reason for it
     with pytest.raises(ValueError, match=rf"radius=.* is not resolved by {dtype}.*at least .* is needed"):
-        evograd.hypergradient(*low(dtype, by).args(), **settings, radius=1e-4)
+        evograd.guided(*low(dtype, by).args(), **settings, radius=1e-4)
     with pytest.raises(ValueError, match="is not resolved by"):
         finite_difference(*low(dtype, by).args(), inner_lr=LR, radius=1e-4)
 
@@ -82,11 +82,11 @@ def test_autocast_around_the_call(exact):
     plain = args[0](args[2]).item()
     with torch.autocast("cpu", torch.bfloat16):
         before = args[0](args[2]).item()
-        settings = dict(noise="guided", inner_lr=5.0, lookahead="sgd", radius=0.1)
-        found = [evograd.hypergradient(*args, **settings, strategy=strategy).grads for strategy in ("stream", "in_place")]
+        settings = dict(inner_lr=5.0, lookahead="sgd", radius=0.1)
+        found = [evograd.guided(*args, **settings, strategy=strategy).grads for strategy in ("stream", "in_place")]
         assert args[0](args[2]).item() == before != plain
         with pytest.raises(ValueError, match=r"is not resolved by torch.bfloat16"):
-            evograd.hypergradient(*args, noise="guided", radius=1e-4)
+            evograd.guided(*args, inner_lr=LR, radius=1e-4)
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=0)
 
@@ -95,8 +95,8 @@ def test_a_radius_is_chosen_by_what_has_been_seen():
     """val_loss comes first; without lookahead nothing is known of train_loss before the first candidate."""
     args = problem(network(), torch.bfloat16, of_val=False).args()
     with pytest.raises(RuntimeError, match=r"train_loss is computed in torch.bfloat16, and val_loss in more digits.*radius="):
-        evograd.hypergradient(*args, noise="guided", inner_lr=LR)
-    evograd.hypergradient(*args, noise="guided", inner_lr=LR, lookahead="sgd")
+        evograd.guided(*args, inner_lr=LR)
+    evograd.guided(*args, inner_lr=LR, lookahead="sgd")
 
 
 @pytest.mark.parametrize("by", ["parameters", "autocast"])
@@ -136,7 +136,7 @@ def test_a_small_part_of_the_network_moves_further():
     expected = second_order_reference(problem(copy.deepcopy(model).double()), LR)
     model.base.bfloat16()
     of = problem(model)
-    found = evograd.hypergradient(*of.args(), noise="guided", inner_lr=LR, lookahead="sgd").grads
+    found = evograd.guided(*of.args(), inner_lr=LR, lookahead="sgd").grads
     assert cosine(found, expected) > 0.95
     adapters = Precision([model.a, model.b], list(model.parameters()))
     assert adapters.radius == 4 * torch.finfo(torch.bfloat16).eps

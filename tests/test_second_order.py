@@ -97,7 +97,7 @@ def test_statistics_of_the_training_pass_are_not_seen_in_validation(method):
     estimate = {
         "mixed_mode": lambda: evograd.mixed_mode(*args, inner_lr=1e-9, lookahead="sgd"),
         "unrolled": lambda: evograd.baselines.unrolled(*args, inner_lr=1e-9),
-        "guided": lambda: evograd.hypergradient(*args, noise="guided"),
+        "guided": lambda: evograd.guided(*args, inner_lr=0.1),
     }[method]
     with torch.no_grad():
         expected = val_loss(problem.model)
@@ -382,7 +382,7 @@ def test_a_function_without_second_derivative_is_refused_where_it_would_be_left_
             estimate()
         assert torch._C._functions.DelayedError is before
     mixed = evograd.mixed_mode(*arguments, inner_lr=ETA, lookahead="sgd").grads[0]
-    guided = evograd.hypergradient(*arguments, noise="guided", inner_lr=ETA, lookahead="sgd").grads[0]
+    guided = evograd.guided(*arguments, inner_lr=ETA, lookahead="sgd").grads[0]
 
     class Sine(nn.Module):
         def forward(self, x):

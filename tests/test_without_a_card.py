@@ -8,11 +8,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
-from evograd.host import problem
+from evograd.host import checks
+from evograd.host.problem import Problem
 from evograd.lab import checkpoints, methods
 from evograd.lab import processes as lab_processes
 from evograd.lab.quality import QualityLog
 from rotation import plot
+
+from .problems import estimate
 
 CUDA = torch.device("cuda", 1)
 BACKENDS = {"cudnn": torch.backends.cudnn, "cuda.matmul": torch.backends.cuda.matmul}
@@ -23,7 +26,7 @@ def check(dtype=torch.float32):
     with FakeTensorMode(), torch.device("cuda"):
         model, lam = nn.Linear(2, 1, dtype=dtype), torch.ones((), requires_grad=True)
         loss = lambda m: lam * m.weight.sum()
-        problem.Problem(loss, loss, model, [lam], None).check_differences()
+        checks.check_differences(Problem(loss, loss, model, [lam], None).theta)
 
 
 @pytest.fixture
@@ -38,8 +41,8 @@ def flags():
 def test_tf32_is_warned_of_where_losses_would_be_computed_in_it(on, flags):
     for name, flag in BACKENDS.items():
         flag.allow_tf32 = name in on
-    assert problem.tf32() == [f"torch.backends.{name}.allow_tf32" for name in BACKENDS if name in on]
-    words = " and ".join(problem.tf32()) + " is True.*TF32.*Set it to False"
+    assert checks.tf32() == [f"torch.backends.{name}.allow_tf32" for name in BACKENDS if name in on]
+    words = " and ".join(checks.tf32()) + " is True.*TF32.*Set it to False"
     with pytest.warns(UserWarning, match=words) if on else contextlib.nullcontext():  # warnings are errors here
         check()
     check(torch.float64)
@@ -50,7 +53,7 @@ def test_tf32_by_torchs_newer_flags(flags):
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # torch refuses then to say what allow_tf32 is
-        assert problem.tf32() == []
+        assert checks.tf32() == []
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
 
@@ -64,11 +67,11 @@ def test_a_cpu_is_not_warned(flags):
 
 @pytest.mark.parametrize("noise", ["sign", "guided"])
 def test_a_cuda_graph_of_a_hypergradient_is_refused(noise, monkeypatch):
-    monkeypatch.setattr(problem, "capturing", lambda tensor: True)
+    monkeypatch.setattr(checks, "capturing", lambda tensor: True)
     lam, model = torch.ones((), requires_grad=True), nn.Linear(2, 1)
     loss = lambda m: pytest.fail("called")
     with pytest.raises(RuntimeError, match="CUDA graph is being captured.*the same directions"):
-        evograd.hypergradient(loss, loss, model, [lam], noise=noise)
+        estimate(loss, loss, model, [lam], noise=noise)
 
 
 def test_optimizers_of_models_are_fused_on_cuda():

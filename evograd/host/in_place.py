@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..noise import Bucket, Position
 from .sharded import Sharding, is_sharded, local
 from .slots import Slots, StandIn, clones, meeting, some, storage, write
+from .vectors import Bucket, Position
 
 
 class InPlace:

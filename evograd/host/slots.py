@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..noise import on_the_host
 from ..operations.recomputation import recomputed_in
+from .draws import on_the_host
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)

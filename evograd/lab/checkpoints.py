@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from ..host.problem import NotFinite
+from ..host.result import NotFinite
 from . import board, records
 from .processes import ALONE, Processes
 from .records import append_run, find_run, given, plain, replacing

@@ -23,6 +23,7 @@ from .methods import ESTIMATORS, Method
 from .processes import world_size
 from .records import append_run, check_writable, environment, write_text
 
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and defaults beside the flags that have one."""
 
@@ -215,7 +216,7 @@ def check_processes(
     shares = method.estimator.shares if method.estimator else ()
     if args.share == "candidates" and args.n_candidates < n:
         parser.error(f"--n-candidates {args.n_candidates} cannot be shared out among {n} processes; give at least {n}")
-    if not args.share and shares and ("batch" in shares or args.n_candidates // 2 >= n):  # guided ones by pairs
+    if not args.share and shares:
         args.share = shares[0]
 
 

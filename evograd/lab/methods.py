@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from ..baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from ..comparison import Estimate, estimates
+from ..guided import guided
+from ..host.problem import at
+from ..host.result import Hypergradient
 from ..hypergradient import hypergradient
 from ..mixed_mode import mixed_mode
-from ..host.problem import Hypergradient, at
 from .processes import ALONE, Processes
 from .quality import QualityLog
 
 RANDOM = ("n_candidates", "sigma", "temperature", "common_random_numbers", "inner_lr")
-GUIDED = ("n_candidates", "radius", "common_random_numbers", "inner_lr")
+GUIDED = ("radius", "inner_lr")
 DAMPING = 0.1  # of conjugate gradients: a network's Hessian has directions of negative curvature
 
 
@@ -61,9 +63,7 @@ ESTIMATORS = {
     "evograd": Estimator(
         hypergradient, (*RANDOM, "share"), own_scale=True, first_order=True, shares=("batch", "candidates")
     ),
-    "evograd_guided": Estimator(
-        partial(hypergradient, noise="guided"), GUIDED, first_order=True, shares=("candidates",)
-    ),
+    "evograd_guided": Estimator(guided, GUIDED, first_order=True),
     "mixed_mode": Estimator(mixed_mode, ("inner_lr",)),
     "second_order": Estimator(partial(unrolled, engine="higher"), *UNROLLED),  # as in the authors' code
     "second_order_functional": Estimator(unrolled, *UNROLLED),

@@ -53,14 +53,14 @@ def directional(
 def unseen(name: str, row: Row) -> NotImplementedError:
     return NotImplementedError(
         f"mixed_mode cannot take {name} in forward mode where it is called in this way (from TorchScript, say): {row}; "
-        "call it as a function of torch or Tensor in Python, or use noise='guided', which needs no formula"
+        "call it as a function of torch or Tensor in Python, or use evograd.guided, which needs no formula"
     )
 
 
 PLAIN = (
     "use its plain form (eager attention or SDPBackend.MATH instead of fused attention, broadcast differences instead of cdist)"
 )
-# Words of PyTorch's error, what it means, and a way out beside noise='guided'; in the order in which they are looked for.
+# Words of PyTorch's error, what it means, and a way out beside evograd.guided; in the order in which they are looked for.
 LIMITS = (
     ("Trying to use forward AD with", "and an operation in it has no formula for that: {error}", PLAIN),
     ("does not currently support double backward", "and a compiled module is differentiated only once", "take it uncompiled"),
@@ -86,7 +86,7 @@ def explained() -> Iterator[None]:
             if words in str(error):
                 what = what.format(error=str(error).splitlines()[0].rstrip("."))
                 raise NotImplementedError(
-                    f"mixed_mode takes train_loss in forward mode, {what}; {way_out}, or use noise='guided', which needs no "
+                    f"mixed_mode takes train_loss in forward mode, {what}; {way_out}, or use evograd.guided, which needs no "
                     "formula"
                 ) from error
         raise

@@ -51,6 +51,10 @@ class Kinks:
         self._choices: list[tuple] = []  # (operation, shapes of its tensors, choice)
         self._recorded = False
 
+    def shared(self) -> AbstractContextManager:
+        """A block whose pass is recorded if it is the first one, and takes the recorded choices otherwise."""
+        return self.replay() if self._recorded else self.record()
+
     @contextmanager
     def record(self) -> Iterator[None]:
         """Choices are taken as usual, and kept."""
@@ -75,6 +79,13 @@ class Kinks:
             yield
         if replayed.place < len(self._choices):
             raise replayed.mismatch("has ended")
+
+
+class OwnKinks:
+    """In the place of `Kinks`: every pass makes its own choices."""
+
+    def shared(self) -> AbstractContextManager:
+        return nullcontext()
 
 
 class _Pass(TorchFunctionMode):

@@ -1,0 +1,132 @@
+"""What every estimator returns, and how it is looked at before it does: finite, resolved, in digits enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .checks import capturing, warn
+from .vectors import Vector
+
+APART = 8  # by fewer eps, and a difference is rounding in good part
+UNRESOLVED = (
+    "hyperparameters[{i}]: the gradients of two candidates by it differ by {apart:.2g} eps of {dtype}, so that the estimate for "
+    "it is rounding in large part, if it acts on the parameters at all. Candidates further apart (guided: radius, hypergradient: "
+    "sigma), losses and hyperparameters in more digits, or evograd.mixed_mode, which takes no difference, resolve it"
+)
+_resolved = WeakTensorKeyDictionary()  # λ: settings with which it has been seen resolved
+
+
+class NotFinite(RuntimeError):
+    """A loss is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """What every estimator returns.
+
+    grads: dℓ_V/dλ, one tensor for each hyperparameter, of its shape.
+    val_loss: (), ℓ_V where the estimator took it (merged, lookahead or unrolled parameters).
+    candidate_losses: (K,), ℓ_T of each candidate; (1,), ℓ_T(θ), for the estimators that have none; (2,) for guided pairs.
+    weights: (K,), softmax(−ℓ/τ); equal ones for the estimators that have none.
+    """
+
+    grads: list[Tensor]
+    val_loss: Tensor
+    candidate_losses: Tensor
+    weights: Tensor
+
+
+def estimator(function: Callable[..., Hypergradient]) -> Callable[..., Hypergradient]:
+    """Gradients are taken, whatever mode the caller is in: torch.no_grad, torch.inference_mode."""
+
+    @wraps(function)
+    def taken(*args, **settings) -> Hypergradient:
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                return function(*args, **settings)
+            except RuntimeError as error:
+                if "nference tensor" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "a loss uses tensors that were made in torch.inference_mode, and autograd cannot: clone() them outside of it, "
+                    "or make them under torch.no_grad"
+                ) from error
+
+    return taken
+
+
+def plain(grads: list[Tensor], val: Tensor, losses: Tensor) -> Hypergradient:
+    """The result of an estimator that weighs no candidates, once it was looked at."""
+    check_finite(losses, val, grads)
+    return Hypergradient(grads, val, losses, torch.full_like(losses, 1 / len(losses)))
+
+
+def looked_at(result: Hypergradient, problem, evaluation, candidates) -> Hypergradient:
+    """The result of an estimator that takes differences: an error or a warning where these are not finite, or are rounding.
+
+    One host synchronisation, at the end of the step.
+    """
+    apart = _apart(problem.lam, evaluation.first_two(), candidates.tells_apart, problem.precision.low)
+    values = check_finite(result.candidate_losses, result.val_loss, result.grads, apart, candidates.val_first)
+    if (i := _unresolved(problem.hyperparameters, values, candidates.settings)) is not None:
+        warn(UNRESOLVED.format(i=i, apart=values[i], dtype=problem.hyperparameters[i].dtype))
+    if not isinstance(result.val_loss, FakeTensor):
+        candidates.check_digits(problem.precision)
+    return result
+
+
+def _apart(lam: Vector, two: Sequence[Vector.Flat], tells_apart: bool | Tensor, low: bool) -> list[Tensor]:
+    """By how many eps the gradients of two candidates by each λ differ; nothing where that says nothing."""
+    if low or not len(two) == 2 or tells_apart is False:
+        return []
+    return lam.apart(*two, None if tells_apart is True else tells_apart)
+
+
+def _unresolved(hyperparameters: Sequence[Tensor], apart: Sequence[float], settings: tuple) -> int | None:
+    """The first λ on whose gradients two candidates have never differed by APART eps with these settings, by `Vector.apart`.
+
+    One that they did differ on once may come near zero where λ is near its best; that is no fault.
+    """
+    found = None
+    for i, (h, value) in enumerate(zip(hyperparameters, apart)):
+        if value >= APART:
+            _resolved.setdefault(h, set()).add(settings)
+        elif found is None and settings not in _resolved.get(h, ()):
+            found = i
+    return found
+
+
+def check_finite(
+    train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor], also: Sequence[Tensor] = (), val_first: bool = False
+) -> list[float]:
+    """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end.
+
+    also: other numbers, which come along.  val_first: candidates depend on the validation loss, and not the other way round.
+    """
+    if isinstance(val_loss, FakeTensor) or capturing(val_loss):
+        return []
+    largest = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
+    n = len(train_losses)
+    numbers = torch.stack([v.to(train_losses) for v in (val_loss, *largest, *also)])
+    values = torch.cat([train_losses, numbers]).tolist()
+    end = len(values) - len(also)
+    losses = [(f"train_loss of candidate {k}", value) for k, value in enumerate(values[:n])]
+    losses.insert(0 if val_first else n, ("val_loss", values[n]))
+    for which, value in losses:
+        if not math.isfinite(value):
+            raise NotFinite(f"{which} is {value}; a finite loss is needed (candidates: {values[:n]}, validation: {values[n]})")
+    for i, value in enumerate(values[n + 1 : end]):
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"the gradient by hyperparameters[{i}] is not finite, although the losses are: an operation has no "
+                "finite derivative where it was taken (a root or a norm at zero, say)"
+            )
+    return values[end:]
