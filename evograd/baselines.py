@@ -275,7 +275,7 @@ def _twice_differentiable():
     derivative out without a word.
     """
     try:
-        with _changed():
+        with _changed:
             yield
     except RuntimeError as error:
         if not any(words in str(error) for words in ("donated buffers", "does not currently support double backward")):

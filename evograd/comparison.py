@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -184,70 +184,93 @@ def compare(
         check_count("repeats", repeats)
     parameters = kept(parameters)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    hyperparameters = problem.hyperparameters
-    calls = _calls(inner_lr)
-    found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
-    show = _Progress(verbose)
-
-    def plain():
-        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
-        with problem.undisturbed(), problem.holding(leaves):
-            partial_derivatives(problem.evaluate(train_loss), list(leaves.values()))
-
-    def estimate(name: str) -> list[Tensor]:
-        function, _, own = calls[name]
-        return function(train_loss, val_loss, model, hyperparameters, parameters=parameters, **own).grads
-
-    def drawn(name: str) -> None:
-        """One hypergradient of the next set of random draws, kept."""
-        show(f"timing, {name}, run {len(found[name]) + 1} of {repeats}")
-        torch.manual_seed(len(found[name]))
-        found[name].append(estimate(name))
-
-    counted, reasons, failure = {}, {}, None
+    run = _Run(problem, parameters, _calls(inner_lr), _Progress(verbose))
     with torch.random.fork_rng(devices=problem.draws.cuda_devices):
         torch.manual_seed(0)
-        start = time.perf_counter()
-        show("counting, a plain training step")
-        plain_counts = measuring.counts(plain)
-        for name in calls:
-            show(f"counting, {name}")
-            try:
-                counted[name] = measuring.counts(partial(estimate, name))
-            except Exception as error:  # whatever an estimator cannot do with this model is a line of the table
-                failure = failure or error
-                first_line = next(iter(str(error).strip().splitlines()), "")
-                reasons[name] = f"{type(error).__name__}: {first_line}"
-        if not counted:
-            raise RuntimeError(f"no estimator could run; {next(iter(calls))}: {next(iter(reasons.values()))}") from failure
-        enough = float("inf")
-        if repeats is None:  # all estimators have run twice
-            enough = 10.0
-            repeats = min(max(int(20 / (time.perf_counter() - start)), 3), 30)
-        steps = {"plain": plain} | {name: partial(drawn, name) for name in counted}
-        times = measuring.seconds(steps, repeats, warmup=0, enough=enough)
-    show(None)
-
-    exact = next((name for name in (_EXACT, _MIXED) if name in counted), None)
-    rows = []
-    for name, (_, call, _) in calls.items():
-        if name in reasons:
-            rows.append(Row(name, call, reason=reasons[name]))
-            continue
-        agreements = [agreement(*pair) for pair in zip(found[name], found[exact])] if exact else []
-        quality = {key: statistics.fmean(one[key] for one in agreements) for key in (agreements[0] if exact else ())}
-        rows.append(Row(name, call, **quality, cost=Cost(times[name], *counted[name])))
-
-    def place(row: Row) -> tuple:
-        if row.cost is None:
-            return 2, 0.0
-        good = row.cosine is None or row.cosine >= _GOOD
-        return (0, row.cost.seconds) if good else (1, -row.cosine)
-
-    result = Comparison(tuple(sorted(rows, key=place)), Cost(times["plain"], *plain_counts), exact, repeats)
+        plain = run.count()
+        repeats, times = run.time(repeats)
+    exact = next((name for name in (_EXACT, _MIXED) if name in run.counted), None)
+    rows = sorted(run.rows(times, exact), key=_place)
+    result = Comparison(tuple(rows), Cost(times["plain"], *plain), exact, repeats)
     if verbose:
         print(result)
     return result
+
+
+class _Run:
+    """Every estimator on one problem: counted once, then timed in turns, and what it found."""
+
+    def __init__(self, problem: Problem, parameters: Parameters, calls: dict, show: _Progress):
+        self.problem, self.parameters, self.calls, self.show = problem, parameters, calls, show
+        self.found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
+        self.counted: dict[str, tuple[int, int, int]] = {}
+        self.reasons: dict[str, str] = {}
+        self.start = time.perf_counter()
+
+    def plain(self) -> None:
+        """Forward and backward pass of a training step."""
+        problem = self.problem
+        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+        with problem.undisturbed(), problem.holding(leaves):
+            partial_derivatives(problem.evaluate(problem.train_loss), list(leaves.values()))
+
+    def estimate(self, name: str) -> list[Tensor]:
+        function, _, own = self.calls[name]
+        of = self.problem
+        return function(of.train_loss, of.val_loss, of.model, of.hyperparameters, parameters=self.parameters, **own).grads
+
+    def drawn(self, name: str, repeats: int) -> None:
+        """One hypergradient of the next set of random draws, kept."""
+        n = len(self.found[name])
+        self.show(f"timing, {name}, run {n + 1} of {repeats}")
+        torch.manual_seed(n)
+        self.found[name].append(self.estimate(name))
+
+    def count(self) -> tuple[int, int, int]:
+        """Bytes, FLOPs and launches of the plain step; those of the estimators are kept. RuntimeError if none can run."""
+        failure = None
+        self.show("counting, a plain training step")
+        plain = measuring.counts(self.plain)
+        for name in self.calls:
+            self.show(f"counting, {name}")
+            try:
+                self.counted[name] = measuring.counts(partial(self.estimate, name))
+            except Exception as error:  # whatever an estimator cannot do with this model is a line of the table
+                failure = failure or error
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                self.reasons[name] = f"{type(error).__name__}: {first_line}"
+        if not self.counted:
+            name, reason = next(iter(self.reasons.items()))
+            raise RuntimeError(f"no estimator could run; {name}: {reason}") from failure
+        return plain
+
+    def time(self, repeats: int | None) -> tuple[int, dict[str, float]]:
+        """(repeats, seconds of each), by default as many as take some ten seconds."""
+        enough = float("inf")
+        if repeats is None:  # all estimators have run twice
+            enough = 10.0
+            repeats = min(max(int(20 / (time.perf_counter() - self.start)), 3), 30)
+        steps = {"plain": self.plain} | {name: partial(self.drawn, name, repeats) for name in self.counted}
+        times = measuring.seconds(steps, repeats, warmup=0, enough=enough)
+        self.show(None)
+        return repeats, times
+
+    def rows(self, times: dict[str, float], exact: str | None) -> Iterator[Row]:
+        for name, (_, call, _) in self.calls.items():
+            if name in self.reasons:
+                yield Row(name, call, reason=self.reasons[name])
+                continue
+            agreements = [agreement(*pair) for pair in zip(self.found[name], self.found[exact])] if exact else []
+            quality = {key: statistics.fmean(one[key] for one in agreements) for key in (agreements[0] if exact else ())}
+            yield Row(name, call, **quality, cost=Cost(times[name], *self.counted[name]))
+
+
+def _place(row: Row) -> tuple:
+    """Best choice first, see `compare`."""
+    if row.cost is None:
+        return 2, 0.0
+    good = row.cosine is None or row.cosine >= _GOOD
+    return (0, row.cost.seconds) if good else (1, -row.cosine)
 
 
 def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:

@@ -61,7 +61,7 @@ class Precision:
         self._look()
         before, _here.watching = _here.watching, (*_here.watching, self)
         try:
-            with _watching():
+            with _watching:
                 yield
         finally:
             _here.watching = before

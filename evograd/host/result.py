@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import capturing, warn
-from .vectors import Vector
 
 APART = 8  # by fewer eps, and a difference is rounding in good part
 UNRESOLVED = (
@@ -74,20 +73,15 @@ def looked_at(result: Hypergradient, problem, evaluation, candidates) -> Hypergr
 
     One host synchronisation, at the end of the step.
     """
-    apart = _apart(problem.lam, evaluation.first_two(), candidates.tells_apart, problem.precision.low)
+    known = all(candidates.settings in _resolved.get(h, ()) for h in problem.hyperparameters)
+    two = [] if known or problem.precision.low or candidates.tells_apart is False else evaluation.first_two()
+    apart = problem.lam.apart(*two, candidates.tells_apart) if two else []
     values = check_finite(result.candidate_losses, result.val_loss, result.grads, apart, candidates.val_first)
     if (i := _unresolved(problem.hyperparameters, values, candidates.settings)) is not None:
         warn(UNRESOLVED.format(i=i, apart=values[i], dtype=problem.hyperparameters[i].dtype))
     if not isinstance(result.val_loss, FakeTensor):
         candidates.check_digits(problem.precision)
     return result
-
-
-def _apart(lam: Vector, two: Sequence[Vector.Flat], tells_apart: bool | Tensor, low: bool) -> list[Tensor]:
-    """By how many eps the gradients of two candidates by each λ differ; nothing where that says nothing."""
-    if low or not len(two) == 2 or tells_apart is False:
-        return []
-    return lam.apart(*two, None if tells_apart is True else tells_apart)
 
 
 def _unresolved(hyperparameters: Sequence[Tensor], apart: Sequence[float], settings: tuple) -> int | None:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 
+PLAIN = (Tensor, nn.Parameter)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, in the same storage; a plain tensor as it is."""
-    if not is_sharded(tensor):
+    if type(tensor) in PLAIN or not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
         return tensor.detach().to_local()
@@ -24,6 +27,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
+    if type(tensor) in PLAIN:
+        return False
     kind = _found("DTensor", "torch.distributed.tensor", "torch.distributed._tensor")
     return kind is not None and isinstance(tensor, kind)
 
@@ -46,20 +51,21 @@ class Sharding:
         """None for a model that is not sharded."""
         kind = _found("FSDPModule", "torch.distributed.fsdp", "torch.distributed._composable.fsdp")
         flat = _found("FullyShardedDataParallel", "torch.distributed.fsdp")
-        modules = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
-        if flat is not None and any(isinstance(m, flat) for m in model.modules()):
+        every = list(model.modules())
+        modules = [m for m in every if isinstance(m, kind)] if kind is not None else []
+        if flat is not None and any(isinstance(m, flat) for m in every):
             raise NotImplementedError(
                 "model is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters cannot be perturbed by name; "
                 "shard it with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         if modules:
             return cls(model, modules)
-        for name, p in model.named_parameters():
-            if is_sharded(p):
-                raise NotImplementedError(
-                    f"parameters: {name!r} is a DTensor that fully_shard has not made (tensor parallelism, say); sharded "
-                    "models are those of torch.distributed.fsdp.fully_shard over a mesh of one dimension, or of two (HSDP)"
-                )
+        if any(is_sharded(p) for m in every for p in m._parameters.values() if p is not None):
+            name = next(name for name, p in model.named_parameters() if is_sharded(p))
+            raise NotImplementedError(
+                f"parameters: {name!r} is a DTensor that fully_shard has not made (tensor parallelism, say); sharded "
+                "models are those of torch.distributed.fsdp.fully_shard over a mesh of one dimension, or of two (HSDP)"
+            )
         return None
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module]):

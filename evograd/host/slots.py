@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..operations.recomputation import recomputed_in
+from ..operations.threads import replaced
 from .draws import on_the_host
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -189,17 +190,9 @@ class Slots:
                 module.training = mode
 
 
-@contextmanager
-def own_cache() -> Iterator[None]:
+def own_cache() -> AbstractContextManager:
     """A block within torch.nn.utils.parametrize.cached() that neither sees what was computed before it, nor leaves anything."""
-    if not parametrize._cache_enabled:
-        yield
-        return
-    before, parametrize._cache = parametrize._cache, {}
-    try:
-        yield
-    finally:
-        parametrize._cache = before
+    return replaced((parametrize, "_cache", {})) if parametrize._cache_enabled else nullcontext()
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:

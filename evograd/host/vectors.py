@@ -151,10 +151,10 @@ class Vector:
             totals.append(total)
         return self.Flat(totals, depends)
 
-    def apart(self, a: Flat, b: Flat, meant: Tensor | None) -> list[Tensor]:
+    def apart(self, a: Flat, b: Flat, meant: bool | Tensor) -> list[Tensor]:
         """‖a_i − b_i‖ / ε‖a_i‖ for each hyperparameter, ε the resolution of its type of number; ∞ where there is no dependence.
 
-        meant: whether a and b were to differ at all, ().
+        meant: whether a and b were to differ at all.
         """
         if a.vectors is None or b.vectors is None:
             return []
@@ -164,7 +164,7 @@ class Vector:
             whole = torch._foreach_norm(a.vectors[group].split(sizes))
             apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
             for i, of, difference in zip(members, whole, apart):
-                some = of > 0 if meant is None else (of > 0) & meant.to(of.device)
+                some = (of > 0) & (meant.to(of.device) if isinstance(meant, Tensor) else meant)
                 result[i] = torch.where(some, difference / (torch.finfo(self.tensors[i].dtype).eps * of), math.inf)
         return result
 

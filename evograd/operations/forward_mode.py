@@ -299,7 +299,7 @@ def recurrent(function, *args):
     """Never fused: those kernels have no formula. Packed sequences, and dropout between layers, by reverse."""
     packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
     dropout, training = args[-3:-1] if packed else args[-4:-2]
-    with _unfused():
+    with _unfused:
         return by_reverse(function, *args) if packed or (dropout and training) else function(*args)
 
 

@@ -29,20 +29,24 @@ class _OfThisThread(threading.local):
 _here = _OfThisThread()
 
 
-@contextmanager
-def recomputed_in(start: Start) -> Iterator[None]:
+class recomputed_in:  # noqa: N801, a block like those that contextmanager makes
     """Segments that are checkpointed within the block, by this thread, are computed again in the context that start() makes.
 
     start() is called where a segment begins, and what it returned where it is computed again, in whatever thread. Segments of
     the reentrant kind, which torch.autograd.grad refuses, are made such of the other kind.
     """
-    before = _here.starts
-    _here.starts = (*before, start)
-    try:
-        with _patched():
-            yield
-    finally:
-        _here.starts = before
+
+    def __init__(self, start: Start):
+        self.start = start
+
+    def __enter__(self) -> None:
+        _patched.__enter__()
+        self.before = _here.starts
+        _here.starts = (*self.before, self.start)
+
+    def __exit__(self, *error) -> None:
+        _here.starts = self.before
+        _patched.__exit__(*error)
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def not_recomputed() -> Iterator[None]:
     """Nothing is checkpointed within the block: graphs are kept, as forward mode needs them."""
     before, _here.plain = _here.plain, True
     try:
-        with _patched():
+        with _patched:
             yield
     finally:
         _here.plain = before

@@ -13,19 +13,17 @@ class Shared:
     def __init__(self, block: Callable[[], AbstractContextManager]):
         self.block, self.lock, self.open, self.stack = block, threading.Lock(), 0, ExitStack()
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self.lock:
             if self.open == 0:
                 self.stack.enter_context(self.block())
             self.open += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.open -= 1
-                if self.open == 0:
-                    self.stack.close()
+
+    def __exit__(self, *error) -> None:
+        with self.lock:
+            self.open -= 1
+            if self.open == 0:
+                self.stack.close()
 
 
 @contextmanager
