@@ -159,14 +159,43 @@ def test_missing_files_are_named(tmp_path, capsys):
 
 
 def test_committed_readmes_follow_from_committed_results():
-    """python -m evograd.lab.report --readme README.md */README.md */*/README.md was run after the last change of results."""
+    """python -m evograd.lab.report --readme was run after the last change of results."""
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     runs, broken = read_runs(sorted(ROOT.glob("*/results/*.jsonl")))
     assert not broken
     built = tables.build_tables(spec, runs)
-    for readme in [ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md")]:
+    files = [Path(name) for name in report.markdown_files(ROOT)]
+    own = {ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md"), *ROOT.glob("resources/*.md")}
+    assert own == set(files)
+    for readme in files:
         text = readme.read_text(encoding="utf-8")
         assert tables.update_markdown(text, built) == text, readme
+
+
+def test_readme_alone_means_every_markdown_file_with_tables(results, tmp_path, monkeypatch):
+    (tmp_path / "resources").mkdir()
+    inside = "<!-- table:toy-table -->\n{}<!-- /table -->\n".format
+    for name in ("README.md", "resources/costs.md"):
+        (tmp_path / name).write_text(inside("old\n"))
+    monkeypatch.chdir(tmp_path)
+    make(results, tmp_path, "--readme")
+    assert all((tmp_path / name).read_text() == inside(GOLDEN) for name in ("README.md", "resources/costs.md"))
+
+
+def test_tables_of_published_numbers_fold_into_one(results):
+    """Every published cell of the tables that it names, and our own number before it where there is one."""
+    folded = {"name": "f", "kind": "folded", "section": "readme", "title": "F", "first": "Data", "source": "a paper"}
+    folded["rows"] = [{"label": "real data", "table": "toy-table"}]
+    spec = {**SPEC, "tables": [*SPEC["tables"], folded]}
+    for runs, cell in (([], "90.2 ± 1.5"), (read_runs([results])[0], "91.0 ± 1.0 (published 90.2 ± 1.5)")):
+        table = {t.name: t for t in tables.build_tables(spec, runs)}["f"]
+        assert table.header == ["Data", "Method", "accuracy (%)"]
+        assert table.rows[0] == ["real data", "ours", cell]
+    committed = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
+    built = {table.name: table for table in tables.build_tables(committed, [])}
+    for spec in [table for table in committed["tables"] if table.get("kind") == "folded"]:
+        cells = lambda table: [c for row in table.rows for c in row[2:] if c not in ("–", "not run")]
+        assert cells(built[spec["name"]]) == [c for row in spec["rows"] for c in cells(built[row["table"]])]
 
 
 def test_every_committed_run_stands_in_a_table():
@@ -348,6 +377,7 @@ def test_the_spec_is_whole():
     assert tables.build_tables(spec, [])[0].name == "summary"
     assert [entry["experiment"] for entry in spec["summary"]["entries"]] == [e["name"] for e in spec["experiments"]]
     sections = {"summary", *(experiment["name"] for experiment in spec["experiments"])}
+    sections.add("readme")  # what the page has unfolded
     for table in tables.build_tables(spec, []):
         assert table.experiment in sections, table.name
         assert table.command or table.experiment == "summary", table.name
