@@ -418,6 +418,14 @@ def test_the_quality_table_and_figure(tmp_path, capsys):
     assert "no run with --log-quality in /dev/null" in capsys.readouterr().err
 
 
+def test_the_first_figure_is_of_the_shown_comparisons():
+    shown = (ROOT / "resources/comparisons.md").read_text(encoding="utf-8")
+    for problem in figures.PROBLEMS:
+        found = figures.compared(shown, problem)
+        assert set(figures.COVER) < set(found) and found["T1–T2"]["cosine"] == 1
+        assert all({"cosine", "time", "memory"} < set(values) for values in found.values())
+
+
 def test_a_setting_that_is_none_makes_no_new_row(tmp_path):
     """Runs from before a script learned a setting stand beside those after."""
     path = tmp_path / "results.jsonl"
