@@ -198,6 +198,43 @@ def test_tables_of_published_numbers_fold_into_one(results):
         assert cells(built[spec["name"]]) == [c for row in spec["rows"] for c in cells(built[row["table"]])]
 
 
+COSTS = {
+    "label_noise_mwn": "label-noise-cost",
+    "cross_domain_fewshot": "cross-domain-fewshot-cost",
+    "metaxl": "metaxl-cost",
+    "rotation": "rotation-cost",
+}
+
+
+def test_costs_in_sentences_are_those_of_the_tables():
+    """Over the plain step: (time, peak, FLOPs) of guided and of T1–T2."""
+    spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
+    built = {t.name: t for t in tables.build_tables(spec, read_runs(sorted(ROOT.glob("*/results/*.jsonl")))[0])}
+    cost = {}
+    for folder, name in COSTS.items():
+        table = built[name]
+        at = [table.header.index(f"{what} / plain") for what in ("time", "peak", "FLOPs")]
+        cost[folder] = {row[0].removeprefix("+ "): [row[i] for i in at] for row in table.rows}
+        text = " ".join((ROOT / folder / "README.md").read_text(encoding="utf-8").split("## Cost of a step")[1].split())
+        guided, second = cost[folder]["EvoGrad, guided"], cost[folder]["T1–T2 (higher)"]
+        assert f"a step with guided takes {guided[0]} times" in text.replace("A step", "a step")
+        assert f"and {guided[1]} times its memory" in text
+        assert f"with T1–T2 {second[0]} and {second[1]}" in text
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("**What it costs:**")[1].split("\n- ")[0].split())
+    applications = list(COSTS)[:3]
+    for method, digits in (("EvoGrad, guided", (1, 2)), ("T1–T2 (higher)", (1, 1))):
+        for i, n in enumerate(digits):
+            values = [float(cost[folder][method][i]) for folder in applications]
+            low, high = (f"{f(values) + 1e-9:.{n}f}" for f in (min, max))
+            assert f"{low} to {high} times" in text, (method, low, high)
+    text = " ".join((ROOT / "evograd/README.md").read_text(encoding="utf-8").split())
+    of = cost["label_noise_mwn"]
+    assert "T1–T2 by double backward costs {2} and {1}.".format(*of["T1–T2 (higher)"]) in text
+    assert "**Cost, K = 2:** {2} of the FLOPs, {1} of the memory.".format(*of["EvoGrad, K = 2"]) in text
+    assert "**Cost:** {2} of the FLOPs, {1} of the memory.".format(*of["mixed mode"]) in text
+    assert of["EvoGrad, guided"][1:] == of["EvoGrad, K = 2"][1:] and "**Cost:** as EvoGrad with K = 2" in text
+
+
 def test_every_committed_run_stands_in_a_table():
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     runs, _ = read_runs(sorted(ROOT.glob("*/results/*.jsonl")))
