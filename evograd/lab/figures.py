@@ -1,8 +1,8 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, the quality of every estimate over FLOPs and over time;
-                                                    resources/cover.png, the README's first figure: over time and over memory, from
-                                                    the outputs of evograd.compare in resources/comparisons.md
+    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, every estimate's quality over FLOPs and over time;
+                                                    resources/cover.png, the README's first figure, over time and memory,
+                                                    from evograd.compare's outputs in resources/comparisons.md
 """
 
 import re
@@ -184,7 +184,7 @@ def plot_quality(runs: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-# The README's first figure: {name of an estimator in the output of evograd.compare: (label, method whose colour it has, marker, its
+# The README's first figure: {name of an estimator in evograd.compare's output: (label, method whose colour it has, marker, its
 # size, whether it is hollow)}, from the lowest to the topmost, since many lie on each other.
 COVER = {
     "T1–T2": ("T1–T2, by double backward", "second_order", "*", 17, False),
@@ -198,7 +198,7 @@ PROBLEMS = {"resnet32": "ResNet-32, weights of samples", "lora": "BERT with LoRA
 
 
 def compared(text: str, problem: str) -> dict[str, dict[str, float]]:
-    """{estimator: {cosine, time, memory}} of an output of evograd.compare between <!-- compare:PROBLEM --> and <!-- /compare -->."""
+    """{estimator: {cosine, time, memory}} of evograd.compare's output between <!-- compare:PROBLEM --> and its end."""
     lines = text.split(f"<!-- compare:{problem} -->")[1].split("<!-- /compare -->")[0].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("estimator "))
     cells = [re.split(r" {2,}", line) for line in lines[start:]]
@@ -237,7 +237,8 @@ def plot_cover(text: str, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("results", nargs="*", default=sorted(glob("*/results/quality.jsonl")), help="result files")
-    parser.add_argument("--comparisons", type=Path, default=Path("resources/comparisons.md"), help="what cover.png is drawn from")
+    comparisons = Path("resources/comparisons.md")
+    parser.add_argument("--comparisons", type=Path, default=comparisons, help="what cover.png is drawn from")
     parser.add_argument("--out", type=Path, default=Path("resources/quality.png"), help="the figure; cover.png beside it")
     args = parser.parse_args(argv)
     cli.check_files(parser, args.results)

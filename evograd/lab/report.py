@@ -2,8 +2,8 @@
 
     python -m evograd.lab.report                                             report/index.html from <experiment>/results/*.jsonl
     python -m evograd.lab.report FILE.jsonl … --out page.html                from these files alone, without what they hold no run of
-    python -m evograd.lab.report --readme                                    also the tables between <!-- table:NAME --> markers in
-                                                                             the READMEs and in resources/*.md, or in FILEs
+    python -m evograd.lab.report --readme                                    also tables between <!-- table:NAME --> markers,
+                                                                             in the READMEs and in resources/*.md
 
 What the tables hold, and the published numbers with their sources, is described in resources/paper_tables.json. Figures are
 the files <experiment>_*.png beside the result files.

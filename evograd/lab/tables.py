@@ -190,7 +190,7 @@ def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bo
 
 
 def _folded_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bool) -> Table:
-    """The lines and columns of several tables in which a published number stands, "ours (published …)" where it was run as well.
+    """The lines and columns of several tables that have a published number; "ours (published …)" where it was run as well.
 
     Its rows name a table each, and what the data are called.
     """
@@ -207,7 +207,7 @@ def _folded_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: b
     for label, method, mine in lines:
         found = [mine.get(column, ("–", "–")) for column in columns]
         if any(cell != "–" for pair in found for cell in pair):
-            both = lambda own, published: published if own == "–" else own if published == "–" else f"{own} (published {published})"
+            both = lambda own, theirs: theirs if own == "–" else own if theirs == "–" else f"{own} (published {theirs})"
             rows.append([label, method, *(both(*pair) for pair in found)])
     header = [spec["first"], "Method", *columns]
     table = _table(spec, header, rows, used, [spec["note"]] if spec.get("note") else [])
