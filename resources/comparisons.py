@@ -1,6 +1,6 @@
-"""evograd.compare on three problems: the output that evograd/README.md shows.
+"""evograd.compare on three problems: the output that resources/comparisons.md shows.
 
-    python -m resources.comparisons [mlp | resnet32 | lora] [--readme evograd/README.md]
+    python -m resources.comparisons [mlp | resnet32 | lora] [--readme resources/comparisons.md]
 
 lora needs the package peft. --readme writes what was printed between <!-- compare:NAME --> and <!-- /compare -->.
 """

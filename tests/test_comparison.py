@@ -156,7 +156,7 @@ def test_the_shown_comparisons_are_made_by_a_command(known_seconds, tmp_path, ca
     assert text.startswith("a\n<!-- compare:mlp -->\n```text\nguided") and text.endswith("\n```\n<!-- /compare -->\nb\n")
     with pytest.raises(SystemExit, match="2"):
         comparisons.main(["other"])
-    shown = (Path(__file__).parents[1] / "evograd/README.md").read_text(encoding="utf-8")
+    shown = (Path(__file__).parents[1] / "resources/comparisons.md").read_text(encoding="utf-8")
     for name in comparisons.PROBLEMS:
         block = shown.split(f"<!-- compare:{name} -->")[1].split("<!-- /compare -->")[0]
         assert all(call in block for _, call, _ in comparison._calls(0.1).values())  # of this version, no line left out

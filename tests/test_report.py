@@ -159,14 +159,80 @@ def test_missing_files_are_named(tmp_path, capsys):
 
 
 def test_committed_readmes_follow_from_committed_results():
-    """python -m evograd.lab.report --readme README.md */README.md */*/README.md was run after the last change of results."""
+    """python -m evograd.lab.report --readme was run after the last change of results."""
     spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
     runs, broken = read_runs(sorted(ROOT.glob("*/results/*.jsonl")))
     assert not broken
     built = tables.build_tables(spec, runs)
-    for readme in [ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md")]:
+    files = [Path(name) for name in report.markdown_files(ROOT)]
+    own = {ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md"), *ROOT.glob("resources/*.md")}
+    assert own == set(files)
+    for readme in files:
         text = readme.read_text(encoding="utf-8")
         assert tables.update_markdown(text, built) == text, readme
+
+
+def test_readme_alone_means_every_markdown_file_with_tables(results, tmp_path, monkeypatch):
+    (tmp_path / "resources").mkdir()
+    inside = "<!-- table:toy-table -->\n{}<!-- /table -->\n".format
+    for name in ("README.md", "resources/costs.md"):
+        (tmp_path / name).write_text(inside("old\n"))
+    monkeypatch.chdir(tmp_path)
+    make(results, tmp_path, "--readme")
+    assert all((tmp_path / name).read_text() == inside(GOLDEN) for name in ("README.md", "resources/costs.md"))
+
+
+def test_tables_of_published_numbers_fold_into_one(results):
+    """Every published cell of the tables that it names, and our own number before it where there is one."""
+    folded = {"name": "f", "kind": "folded", "section": "readme", "title": "F", "first": "Data", "source": "a paper"}
+    folded["rows"] = [{"label": "real data", "table": "toy-table"}]
+    spec = {**SPEC, "tables": [*SPEC["tables"], folded]}
+    for runs, cell in (([], "90.2 ± 1.5"), (read_runs([results])[0], "91.0 ± 1.0 (published 90.2 ± 1.5)")):
+        table = {t.name: t for t in tables.build_tables(spec, runs)}["f"]
+        assert table.header == ["Data", "Method", "accuracy (%)"]
+        assert table.rows[0] == ["real data", "ours", cell]
+    committed = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
+    built = {table.name: table for table in tables.build_tables(committed, [])}
+    for spec in [table for table in committed["tables"] if table.get("kind") == "folded"]:
+        cells = lambda table: [c for row in table.rows for c in row[2:] if c not in ("–", "not run")]
+        assert cells(built[spec["name"]]) == [c for row in spec["rows"] for c in cells(built[row["table"]])]
+
+
+COSTS = {
+    "label_noise_mwn": "label-noise-cost",
+    "cross_domain_fewshot": "cross-domain-fewshot-cost",
+    "metaxl": "metaxl-cost",
+    "rotation": "rotation-cost",
+}
+
+
+def test_costs_in_sentences_are_those_of_the_tables():
+    """Over the plain step: (time, peak, FLOPs) of guided and of T1–T2."""
+    spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
+    built = {t.name: t for t in tables.build_tables(spec, read_runs(sorted(ROOT.glob("*/results/*.jsonl")))[0])}
+    cost = {}
+    for folder, name in COSTS.items():
+        table = built[name]
+        at = [table.header.index(f"{what} / plain") for what in ("time", "peak", "FLOPs")]
+        cost[folder] = {row[0].removeprefix("+ "): [row[i] for i in at] for row in table.rows}
+        text = " ".join((ROOT / folder / "README.md").read_text(encoding="utf-8").split("## Cost of a step")[1].split())
+        guided, second = cost[folder]["EvoGrad, guided"], cost[folder]["T1–T2 (higher)"]
+        assert f"a step with guided takes {guided[0]} times" in text.replace("A step", "a step")
+        assert f"and {guided[1]} times its memory" in text
+        assert f"with T1–T2 {second[0]} and {second[1]}" in text
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("**What it costs:**")[1].split("\n- ")[0].split())
+    applications = list(COSTS)[:3]
+    for method, digits in (("EvoGrad, guided", (1, 2)), ("T1–T2 (higher)", (1, 1))):
+        for i, n in enumerate(digits):
+            values = [float(cost[folder][method][i]) for folder in applications]
+            low, high = (f"{f(values) + 1e-9:.{n}f}" for f in (min, max))
+            assert f"{low} to {high} times" in text, (method, low, high)
+    text = " ".join((ROOT / "evograd/README.md").read_text(encoding="utf-8").split())
+    of = cost["label_noise_mwn"]
+    assert "T1–T2 by double backward costs {2} and {1}.".format(*of["T1–T2 (higher)"]) in text
+    assert "**Cost, K = 2:** {2} of the FLOPs, {1} of the memory.".format(*of["EvoGrad, K = 2"]) in text
+    assert "**Cost:** {2} of the FLOPs, {1} of the memory.".format(*of["mixed mode"]) in text
+    assert of["EvoGrad, guided"][1:] == of["EvoGrad, K = 2"][1:] and "**Cost:** as EvoGrad with K = 2" in text
 
 
 def test_every_committed_run_stands_in_a_table():
@@ -348,6 +414,7 @@ def test_the_spec_is_whole():
     assert tables.build_tables(spec, [])[0].name == "summary"
     assert [entry["experiment"] for entry in spec["summary"]["entries"]] == [e["name"] for e in spec["experiments"]]
     sections = {"summary", *(experiment["name"] for experiment in spec["experiments"])}
+    sections.add("readme")  # what the page has unfolded
     for table in tables.build_tables(spec, []):
         assert table.experiment in sections, table.name
         assert table.command or table.experiment == "summary", table.name
@@ -386,6 +453,14 @@ def test_the_quality_table_and_figure(tmp_path, capsys):
     with pytest.raises(SystemExit):
         figures.main(["/dev/null"])
     assert "no run with --log-quality in /dev/null" in capsys.readouterr().err
+
+
+def test_the_first_figure_is_of_the_shown_comparisons():
+    shown = (ROOT / "resources/comparisons.md").read_text(encoding="utf-8")
+    for problem in figures.PROBLEMS:
+        found = figures.compared(shown, problem)
+        assert set(figures.COVER) < set(found) and found["T1–T2"]["cosine"] == 1
+        assert all({"cosine", "time", "memory"} < set(values) for values in found.values())
 
 
 def test_a_setting_that_is_none_makes_no_new_row(tmp_path):

@@ -1,10 +1,11 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, the quality of every estimate over FLOPs and over time;
-                                                    resources/cover.png, the README's first figure: few estimates, over time
+    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, every estimate's quality over FLOPs and over time;
+                                                    resources/cover.png, the README's first figure, over time and memory,
+                                                    from evograd.compare's outputs in resources/comparisons.md
 """
 
-import statistics
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -183,58 +184,61 @@ def plot_quality(runs: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-# The same of the README's first figure, with the marker's size; guided and mixed mode after an SGD step of their own.
+# The README's first figure: {name of an estimator in evograd.compare's output: (label, method whose colour it has, marker, its
+# size, whether it is hollow)}, from the lowest to the topmost, since many lie on each other.
 COVER = {
-    "evograd_k2": ("EvoGrad, K = 2", "evograd", "o", 8),
-    "evograd_k10": ("EvoGrad, K = 10", "evograd", "s", 7),
-    "guided_sgd": ("guided", "evograd_guided", "^", 9),
-    "mixed_sgd": ("mixed mode", "mixed_mode", "D", 7),
-    "neumann": ("Neumann series", "baseline", "X", 8.5),
+    "T1–T2": ("T1–T2, by double backward", "second_order", "*", 17, False),
+    "Neumann series": ("Neumann series", "baseline", "X", 7, False),
+    "EvoGrad, K = 2": ("EvoGrad, K = 2", "evograd", "o", 8, False),
+    "EvoGrad, K = 10": ("EvoGrad, K = 10", "evograd", "s", 8, False),
+    "mixed mode": ("mixed mode", "mixed_mode", "D", 10.5, True),
+    "guided": ("guided", "evograd_guided", "^", 8, False),
 }
-PROBLEMS = {
-    "rotation": "Rotation:\none angle",
-    "label_noise_mwn": "Label noise:\nweights of samples",
-    "cross_domain_fewshot": "Few-shot:\nnoise of features",
-    "metaxl": "Cross-lingual:\nrepresentations",
-}
+PROBLEMS = {"resnet32": "ResNet-32, weights of samples", "lora": "BERT with LoRA, weights of samples"}
 
 
-def plot_cover(runs: list[dict], path: Path) -> None:
-    """Cosine to exact T1–T2 over time, T1–T2's being 1: a panel for each experiment, means over its runs. Shown at 800 pixels."""
-    by_experiment: dict[str, list[dict]] = {}
-    for experiment in dict.fromkeys([*PROBLEMS, *(run["experiment"] for run in runs)]):
-        mine = [run["metrics"] for run in runs if run["experiment"] == experiment]
-        by_experiment |= {experiment: mine} if mine else {}
-    figure, axes = plt.subplots(
-        1, len(by_experiment), figsize=(8, 3.5), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (experiment, logged) in zip(axes[0], by_experiment.items()):
-        axis.axhline(0, color="black", lw=0.7)
-        axis.plot(1, 1, "*", color=COLOURS["second_order"], ms=17, mec="white", label="exact T1–T2 (double backward)", ls="")
-        for name, (label, method, marker, size) in COVER.items():
-            here = [m for m in logged if name in m["quality_seconds"]]
-            if here:
-                x = statistics.fmean(m["quality_seconds"][name] / m["quality_seconds"]["exact"] for m in here)
-                y = statistics.fmean(m["cosine"][name] for m in here)
-                axis.plot(x, y, marker, color=COLOURS[method], ms=size, mec="white", label=label, ls="", clip_on=False)
-        axis.set_title(PROBLEMS.get(experiment, experiment), fontsize=11)
-        axis.set_xscale("log", base=2)
-        axis.margins(0.12)
-        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=99))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xlabel("time / T1–T2's", fontsize=11)
-        axis.tick_params(labelsize=11)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("cosine to exact T1–T2", fontsize=11)
-    exact, *handles = axes[0, 0].get_legend_handles_labels()[0]
-    figure.legend(handles=[*handles, exact], loc="outside lower center", ncols=3, frameon=False, fontsize=11)
+def compared(text: str, problem: str) -> dict[str, dict[str, float]]:
+    """{estimator: {cosine, time, memory}} of evograd.compare's output between <!-- compare:PROBLEM --> and its end."""
+    lines = text.split(f"<!-- compare:{problem} -->")[1].split("<!-- /compare -->")[0].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("estimator "))
+    cells = [re.split(r" {2,}", line) for line in lines[start:]]
+    header, *rows = cells[: cells.index([""])]
+    return {name: {h: float(v) for h, v in zip(header[1:-1], values)} for name, *values in rows}
+
+
+def plot_cover(text: str, path: Path) -> None:
+    """Cosine to T1–T2 over time and over memory, in two panels beside each other for each problem. Shown at 800 pixels."""
+    figure = plt.figure(figsize=(8, 3.5), layout="constrained")
+    for part, (problem, title) in zip(figure.subfigures(1, len(PROBLEMS)), PROBLEMS.items()):
+        found, axes = compared(text, problem), part.subplots(1, 2, sharey=True)
+        for axis, what in zip(axes, ("time", "memory")):
+            axis.axhline(0, color="black", lw=0.7)
+            for name, (label, method, marker, size, hollow) in COVER.items():
+                colour = COLOURS[method]
+                look = dict(mfc="none", mec=colour, mew=1.8) if hollow else dict(mfc=colour, mec="white")
+                axis.plot(found[name][what], found[name]["cosine"], marker, ms=size, label=label, ls="", clip_on=False, **look)
+            top = max(found[name][what] for name in COVER)
+            axis.set_xscale("log", base=2)
+            axis.set_xlim(0.8, 20 if top > 4 else 4)
+            axis.set_ylim(-0.05, 1.13)
+            axis.xaxis.set_major_locator(LogLocator(base=2, numticks=99))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xlabel(f"{what} / plain step's", fontsize=10)
+            axis.tick_params(labelsize=10)
+            axis.grid(alpha=0.3)
+        part.suptitle(title, fontsize=11)
+        axes[0].set_ylabel("cosine to T1–T2", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     save(figure, path, dpi=200)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("results", nargs="*", default=sorted(glob("*/results/quality.jsonl")), help="result files")
+    comparisons = Path("resources/comparisons.md")
+    parser.add_argument("--comparisons", type=Path, default=comparisons, help="what cover.png is drawn from")
     parser.add_argument("--out", type=Path, default=Path("resources/quality.png"), help="the figure; cover.png beside it")
     args = parser.parse_args(argv)
     cli.check_files(parser, args.results)
@@ -242,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not runs:
         parser.error(f"no run with --log-quality in {', '.join(args.results) or '*/results/quality.jsonl'}; make some first")
     plot_quality(runs, args.out)
-    plot_cover(runs, args.out.with_name("cover.png"))
+    plot_cover(args.comparisons.read_text(encoding="utf-8"), args.out.with_name("cover.png"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m evograd.lab.report                                             report/index.html from <experiment>/results/*.jsonl
     python -m evograd.lab.report FILE.jsonl … --out page.html                from these files alone, without what they hold no run of
-    python -m evograd.lab.report --readme README.md */README.md */*/README.md    also the tables between <!-- table:NAME --> markers
+    python -m evograd.lab.report --readme                                    also tables between <!-- table:NAME --> markers,
+                                                                             in the READMEs and in resources/*.md
 
 What the tables hold, and the published numbers with their sources, is described in resources/paper_tables.json. Figures are
 the files <experiment>_*.png beside the result files.
@@ -21,6 +22,8 @@ from . import cli
 from .page import to_html
 from .records import read_runs, write_text
 from .tables import build_tables, safe_name, update_markdown
+
+MARKDOWN = ("README.md", "[a-z]*/README.md", "[a-z]*/*/README.md", "resources/*.md")
 
 
 def find_figures(spec: dict, folders: Iterable[Path], runs: list[dict], whole: bool) -> dict[str, list[tuple[Path, str]]]:
@@ -51,6 +54,11 @@ def _caption(name: str, captions: dict[str, str], data: dict[str, str]) -> str:
     return captions.get(name, name)
 
 
+def markdown_files(root: Path = Path()) -> list[str]:
+    """The Markdown files that hold tables."""
+    return [str(path) for pattern in MARKDOWN for path in sorted(root.glob(pattern))]
+
+
 def _kinds(spec: dict) -> set[str]:
     """The kinds of result lines that a table is of."""
     parts = [part for t in spec["tables"] for part in (t, *t.get("columns", []))]
@@ -66,8 +74,10 @@ def main(argv: list[str] | None = None) -> None:
         "--tables", default="resources/paper_tables.json", help="what the tables hold, and the published numbers"
     )
     parser.add_argument("--out", default="report/index.html", help="the page")
-    parser.add_argument("--readme", nargs="+", default=[], metavar="FILE", help="Markdown files whose tables are made anew")
+    what = "Markdown files whose tables are made anew; without FILE the READMEs and resources/*.md"
+    parser.add_argument("--readme", nargs="*", metavar="FILE", help=what)
     args = parser.parse_args(argv)
+    args.readme = markdown_files() if args.readme == [] else args.readme or []
     default = sorted(set(glob("*/results/*.jsonl")) - set(glob("report/results/*.jsonl")))
     # Of a file that is named twice the last place counts, as of equal runs the last does.
     files = list({Path(name).resolve(): name for name in reversed(args.results or default)}.values())[::-1]

@@ -53,8 +53,11 @@ def build_tables(spec: dict, runs: list[dict], whole: bool = True) -> list[Table
     whole: False leaves out the tables without a run, and the lines of the summary and of the ratios that have none.
     """
     specs = {table["name"]: table for table in spec["tables"]}
-    build = lambda t: _ratio_table(t, specs, runs, whole) if t.get("kind") == "ratios" else build_table(t, runs, whole)
-    tables = [build(table) for table in specs.values()]
+    of_others = {"ratios": _ratio_table, "folded": _folded_table}
+    tables = [
+        of_others[t["kind"]](t, specs, runs, whole) if t.get("kind") in of_others else build_table(t, runs, whole)
+        for t in specs.values()
+    ]
     if "cost_figures" in spec:
         tables += _cost_figures(spec["cost_figures"], runs, whole)
     shown = {id(run) for table in tables for run in table.runs}
@@ -184,6 +187,32 @@ def _ratio_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bo
     if used:
         notes.append(f"One step of each method measured side by side on: {devices(used)}.")
     return _table(spec, header, rows, used, notes)
+
+
+def _folded_table(spec: dict, specs: dict[str, dict], runs: list[dict], whole: bool) -> Table:
+    """The lines and columns of several tables that have a published number; "ours (published …)" where it was run as well.
+
+    Its rows name a table each, and what the data are called.
+    """
+    lines, columns, used = [], {}, []
+    for row in spec["rows"]:
+        table = build_table(specs[row["table"]], runs, whole)
+        at = [i for i, title in enumerate(table.header) if title == PUBLISHED]
+        columns |= {table.header[i - 1]: None for i in at}
+        used += table.runs
+        for cells in table.rows:
+            mine = {table.header[i - 1]: (cells[i - 1], cells[i]) for i in at}
+            lines.append((row["label"], cells[0], mine))
+    rows = []
+    for label, method, mine in lines:
+        found = [mine.get(column, ("–", "–")) for column in columns]
+        if any(cell != "–" for pair in found for cell in pair):
+            both = lambda own, theirs: theirs if own == "–" else own if theirs == "–" else f"{own} (published {theirs})"
+            rows.append([label, method, *(both(*pair) for pair in found)])
+    header = [spec["first"], "Method", *columns]
+    table = _table(spec, header, rows, used, [spec["note"]] if spec.get("note") else [])
+    table.n_labels = 2
+    return table
 
 
 def _cost_figures(spec: dict, runs: list[dict], whole: bool) -> list[Table]:
