@@ -341,8 +341,10 @@ def test_the_page_marks_rows_published_columns_and_groups(results, tmp_path):
     assert "style='--part:0.750'" in page and "style='--part:0.250'" in page
     assert "<tr class=mine><th class='left' scope='row'>evograd" not in page
     labelled = with_summary()
-    labelled["tables"][2]["labels"] = {"evograd": "+ EvoGrad"}
-    assert "<tr class=mine><th class='left' scope='row'>+ EvoGrad</th>" in make(results, tmp_path, spec=labelled)
+    labelled["tables"][2]["labels"] = {"evograd": "+ EvoGrad", "second_order": "T1–T2, the EvoGrad authors' own run"}
+    page = make(results, tmp_path, spec=labelled)
+    assert "<tr class=mine><th class='left' scope='row'>+ EvoGrad</th>" in page
+    assert "<tr><th class='left' scope='row'>T1–T2, the EvoGrad authors" in page
 
 
 @pytest.fixture(scope="module")

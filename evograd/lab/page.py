@@ -68,7 +68,7 @@ thead tr:first-child .mine { box-shadow: inset 0 3px var(--accent); }
 .none { color: var(--dim); }
 .bar {
   background-image: linear-gradient(var(--accent), var(--accent)); background-repeat: no-repeat;
-  background-size: calc(var(--part) * (100% - 1.5rem)) 3px; background-position: .75rem calc(100% - 2px);
+  background-size: calc(var(--part) * (100% - 1.5rem)) 3px; background-position: .75rem 1.75rem;
 }
 
 figure { margin: 1.6rem 0; }
@@ -109,7 +109,7 @@ def to_html(
     """The page: the cover, the summary, then the sections; what was not run says so, with the command that runs it.
 
     folder: where spec["cover"] and spec["pictures"] lie.
-    spec["highlight"]: what rows and columns to be found at a glance have in their name.
+    spec["highlight"]: what rows and columns to be found at a glance have in their name, before a comma.
     unknown: how many result lines there are of each kind that no table is of.
     whole: False leaves out the cover, the pictures and the experiments without a table.
     """
@@ -200,7 +200,7 @@ def _folded(table: Table, highlight: str | None) -> str:
 
 def _cells(table: Table, highlight: str | None) -> str:
     """A table's cells, remarks, and what is behind them."""
-    is_mine = lambda text: highlight is not None and highlight in text
+    is_mine = lambda text: highlight is not None and highlight in text.partition(",")[0]
     n = table.n_labels  # several labels share a cell, one below the other
     groups = _grouped([table.header[0], *table.header[n:]])
     own_rows = [[row[0], *row[n:]] for row in table.rows]
