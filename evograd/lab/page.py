@@ -13,6 +13,12 @@ from types import MappingProxyType
 from .records import BrokenLine
 from .tables import NOT_RUN, PUBLISHED, SUMMARY, Table
 
+ACROSS = {
+    "name": "across",
+    "title": "Across experiments",
+    "about": "What is of no single experiment: costs, agreement with exact T1–T2, examples.",
+}
+
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -47,9 +53,10 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .8
 th, td { padding: .38rem .75rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 thead th { background: var(--soft); white-space: normal; vertical-align: bottom; min-width: 4.8rem; line-height: 1.3; }
 thead tr:first-child th, thead tr + tr th { border-top: 0; }
-thead tr + tr th { font-weight: 400; }
+thead tr + tr th { font-weight: 400; white-space: nowrap; }
 thead .group { text-align: center; border-left: 1px solid var(--line); }
 tbody th { font-weight: 400; background: var(--back); }
+tbody td { vertical-align: top; }
 tbody th, thead tr:first-child th:first-child { position: sticky; left: 0; }
 .left { text-align: left; white-space: normal; min-width: 10rem; }
 .mine, tbody .mine th { background: var(--mine); }
@@ -61,16 +68,18 @@ thead tr:first-child .mine { box-shadow: inset 0 3px var(--accent); }
 .none { color: var(--dim); }
 .bar {
   background-image: linear-gradient(var(--accent), var(--accent)); background-repeat: no-repeat;
-  background-size: calc(var(--part) * (100% - 1.5rem)) 3px; background-position: .75rem calc(100% - 2px);
+  background-size: calc(var(--part) * (100% - 1.5rem)) 3px; background-position: .75rem 1.75rem;
 }
 
 figure { margin: 1.6rem 0; }
+.cover { max-width: 52rem; }
 .picture { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: .7rem; overflow-x: auto; }
 .picture img { display: block; max-width: 100%; height: auto; margin: 0 auto; cursor: zoom-in; }
 .picture input { position: absolute; opacity: 0; }
 .picture :checked + img { max-width: none; width: 75rem; cursor: zoom-out; }
 details { font-size: .85rem; color: var(--dim); margin: .3rem 0; }
 summary { cursor: pointer; }
+.folded { font-size: 1rem; color: var(--text); border: 1px solid var(--line); border-radius: 8px; padding: .4rem .75rem; }
 code, pre { font: .82rem/1.6 ui-monospace, monospace; background: var(--soft); border-radius: 6px; }
 code { padding: .1rem .3rem; }
 pre { padding: .6rem .8rem; overflow-x: auto; border: 1px solid var(--line); }
@@ -97,39 +106,34 @@ def to_html(
     unknown: Mapping[str, int] = MappingProxyType({}),
     whole: bool = True,
 ) -> str:
-    """The page: a summary, then a section for each experiment; what was not run says so, with the command that runs it.
+    """The page: the cover, the summary, then the sections; what was not run says so, with the command that runs it.
 
-    folder: where spec["pictures"] lie, which follow the summary.
-    spec["highlight"]: what rows and columns to be found at a glance have in their name.
+    folder: where spec["cover"] and spec["pictures"] lie.
+    spec["highlight"]: what rows and columns to be found at a glance have in their name, before a comma.
     unknown: how many result lines there are of each kind that no table is of.
-    whole: False leaves out spec["pictures"] and the experiments without a table.
+    whole: False leaves out the cover, the pictures and the experiments without a table.
     """
     highlight = spec.get("highlight")
     experiments = [e for e in spec["experiments"] if whole or any(table.experiment == e["name"] for table in tables)]
-    links = [(e["name"], e["title"]) for e in experiments]
-    first = [table for table in tables if table.experiment == SUMMARY]
-    if first:
-        links.insert(0, (SUMMARY, "Summary"))
+    summary = [table for table in tables if table.name == SUMMARY]
+    across = [table for table in tables if table.experiment == SUMMARY and table.name != SUMMARY]
+    links = [(SUMMARY, "Summary")] * bool(summary)
+    links += [(e["name"], e["title"]) for e in [ACROSS] * bool(across) + experiments]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{escape(spec['title'])}</title><style>{STYLE}</style><body>",
         f"<h1>{escape(spec['title'])}</h1><p class='lead'>{escape(spec['about'])}</p>",
         "<nav>" + "".join(f"<a href='#{name}'>{escape(title)}</a>" for name, title in links) + "</nav>",
+        *_problems(broken, unknown, bool(experiments)),
     ]
-    if broken:
-        items = "".join(f"<li>{escape(str(line))}</li>" for line in broken)
-        parts.append(f"<div class='box'><p>Lines of the result files that could not be read:</p><ul>{items}</ul></div>")
-    if unknown:
-        kinds = "".join(f"<li>{escape(name)}: {n}</li>" for name, n in unknown.items())
-        parts.append(f"<div class='box'><p>Result lines of a kind that no table here is of:</p><ul>{kinds}</ul></div>")
-    if not (experiments or unknown):
-        parts.append("<div class='box'><p>The result files hold no run.</p></div>")
-    if first:
-        parts.append(f"<h2 id='{SUMMARY}'>Summary</h2>")
-        parts += [_table(table, highlight) for table in first]
-    pictures = spec.get("pictures", []) if whole else []
-    parts += [_figure(folder / picture["file"], picture["caption"]) for picture in pictures]
+    if whole and "cover" in spec:
+        parts.append(f"<div class='cover'>{_figure(folder / spec['cover']['file'], spec['cover']['caption'])}</div>")
+    if summary:
+        parts += [f"<h2 id='{SUMMARY}'>Summary</h2>", *(_table(table, highlight) for table in summary)]
+    pictures = [(folder / picture["file"], picture["caption"]) for picture in spec.get("pictures", []) if whole]
+    if across:
+        parts += _section(ACROSS, across, pictures, highlight, whole)
     for experiment in experiments:
         mine = [table for table in tables if table.experiment == experiment["name"]]
         parts += _section(experiment, mine, figures.get(experiment["name"], []), highlight, whole)
@@ -140,14 +144,32 @@ def to_html(
     return "\n".join(parts)
 
 
+def _problems(broken: list[BrokenLine], unknown: Mapping[str, int], any_section: bool) -> list[str]:
+    """Boxes that say what of the result files is not on the page."""
+    parts = []
+    if broken:
+        items = "".join(f"<li>{escape(str(line))}</li>" for line in broken)
+        parts.append(f"<div class='box'><p>Lines of the result files that could not be read:</p><ul>{items}</ul></div>")
+    if unknown:
+        kinds = "".join(f"<li>{escape(name)}: {n}</li>" for name, n in unknown.items())
+        parts.append(f"<div class='box'><p>Result lines of a kind that no table here is of:</p><ul>{kinds}</ul></div>")
+    if not (any_section or unknown):
+        parts.append("<div class='box'><p>The result files hold no run.</p></div>")
+    return parts
+
+
 def _section(
     experiment: dict, tables: list[Table], pictures: list[tuple[Path, str]], highlight: str | None, whole: bool
 ) -> list[str]:
     parts = [f"<h2 id='{experiment['name']}'>{escape(experiment['title'])}</h2><p>{escape(experiment['about'])}</p>"]
-    run, missing = [table for table in tables if table.runs], [table for table in tables if not table.runs]
+    run = [table for table in tables if table.runs]
+    published = [table for table in tables if not table.runs and table.source]
+    missing = [table for table in tables if not (table.runs or table.source)]
     parts += [_table(table, highlight) for table in run]
+    if published:
+        parts += ["<h3>Published, and nothing of it run here</h3>", *(_folded(table, highlight) for table in published)]
     parts += [_figure(path, caption) for path, caption in pictures]
-    if not run:
+    if not run and experiment is not ACROSS:
         parts.append(
             "<div class='box'><p><strong>Not run yet:</strong> the result files hold no line of this experiment.</p></div>"
         )
@@ -169,7 +191,16 @@ def _section(
 
 
 def _table(table: Table, highlight: str | None) -> str:
-    is_mine = lambda text: highlight is not None and highlight in text
+    return f"<h3>{escape(table.title)}</h3>{_cells(table, highlight)}"
+
+
+def _folded(table: Table, highlight: str | None) -> str:
+    return f"<details class='folded'><summary>{escape(table.title)}</summary>{_cells(table, highlight)}</details>"
+
+
+def _cells(table: Table, highlight: str | None) -> str:
+    """A table's cells, remarks, and what is behind them."""
+    is_mine = lambda text: highlight is not None and highlight in text.partition(",")[0]
     n = table.n_labels  # several labels share a cell, one below the other
     groups = _grouped([table.header[0], *table.header[n:]])
     own_rows = [[row[0], *row[n:]] for row in table.rows]
@@ -199,7 +230,6 @@ def _table(table: Table, highlight: str | None) -> str:
         rows.append(f"<tr{' class=mine' * is_mine(row[0])}>{''.join(cells)}</tr>")
     head = f"<tr>{''.join(top)}</tr>" + (f"<tr>{''.join(below)}</tr>" if below else "")
     return (
-        f"<h3>{escape(table.title)}</h3>"
         f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
         f"<p class='small'>{escape(table.remarks)}</p>{_provenance(table.runs)}"
     )
@@ -223,6 +253,7 @@ def _grouped(header: Sequence[str]) -> list[tuple[str | None, list[str]]]:
 
 
 def _cell(text: str, header: str, classes: str) -> str:
+    text, *published = text.split("\n")
     style = ""
     if "/ T1–T2" in header and re.fullmatch(r"[\d.]+", text):  # what it costs, at a glance
         classes, style = f"{classes} bar", f" style='--part:{min(float(text), 1):.3f}'"
@@ -230,6 +261,7 @@ def _cell(text: str, header: str, classes: str) -> str:
         classes += " none"
     number, sign, spread = text.partition(" ± ") if text.count("±") == 1 else (text, "", "")
     text = escape(number) + (f"<span class='spread'>{sign}{escape(spread)}</span>" if sign else "")
+    text += "".join(f"<i class='below' title='published'>{escape(number)}</i>" for number in published)
     return f"<td class='{classes.strip()}'{style}>{text}</td>"
 
 

@@ -28,7 +28,8 @@ OF_LEARNING = (
 class Table:
     """A table as text.
 
-    experiment: the section it stands in.  rows: cells, the first n_labels of them labels.  command: makes the result lines.
+    experiment: the section it stands in.  rows: cells, the first n_labels of them labels; a second line in a cell is the
+    published number.  command: makes the result lines.  source: of the published numbers, None where there are none.
     """
 
     name: str
@@ -315,14 +316,13 @@ def devices(runs: Iterable[dict]) -> str:
 
 
 def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict], whole: bool) -> Table:
-    """A line or two for each experiment: a column of one of its tables by method, the published numbers, the cost against T1–T2.
+    """A line or two for each experiment: a column of one of its tables by method, and the cost against T1–T2.
 
-    Of the entry's `measures` the first one that was run counts; those before it that have published numbers stand above it, not
-    run. Several columns are averaged, where all of them were run.
+    Published numbers stand in the cells below ours. Of the entry's `measures` the first one that was run counts; those before
+    it that have published numbers stand above it, not run. Several columns are averaged, where all of them were run.
     """
     titles = {experiment["name"]: experiment["title"] for experiment in experiments}
-    header, rows, used = ["Experiment", "measured"], [], {}
-    header += [*spec["methods"].values(), spec["published"]]
+    header, rows, used = ["Experiment", "measured", *spec["methods"].values()], [], {}
     for entry in spec["entries"]:
         lines = [(measure["label"], *_measure(spec, measure, specs[measure["table"]], runs)) for measure in entry["measures"]]
         n, (label, cells, values, mine) = next((line for line in enumerate(lines) if set(line[1][2]) - {None}), (0, lines[0]))
@@ -330,7 +330,7 @@ def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: 
         if not (mine or last or whole):
             continue
         title = titles[entry["experiment"]]
-        rows += [[title, above[0], *above[1], "–", "–"] for above in lines[:n] if above[1][-1] != "–"]
+        rows += [[title, above[0], *above[1], "–", "–"] for above in lines[:n] if "\n" in "".join(above[1])]
         rows.append([title, label, *cells, *_over_second_order(last[0]["metrics"] if last else {}, spec["costs_of"])])
         used |= {id(run): run for run in [*mine, *last]}
     of = spec["methods"][spec["costs_of"]]
@@ -340,12 +340,12 @@ def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: 
 
 
 def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[list[str], list[float | None], list[dict]]:
-    """(cells of one line of the summary, the published numbers last; our own values among them; the runs behind them)."""
+    """(cells of one line of the summary, our own values in them, the runs behind them)."""
     columns = {column["label"]: column for column in table["columns"]}
     columns = [columns[label] for label in measure["columns"]]
     labelled = {row["label"]: row for row in table["rows"]}
-    cells, values, used, published = [], [], [], {}
-    for method, title in spec["methods"].items():
+    cells, values, used = [], [], []
+    for method in spec["methods"]:
         row = labelled[measure["rows"][method]] if method in measure["rows"] else None
         wanted = _shown(_select(table, runs), row, table["columns"]) if row else []
         group = next((group for _, group in _groups(wanted, _across(table["columns"]))), [])
@@ -358,9 +358,9 @@ def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[
         theirs = [(row or {}).get("paper", {}).get(_key(column)) for column in columns]
         if all(theirs):
             mean = _mean(cell["mean"] for cell in theirs)
-            published[title] = _cell(mean, theirs[0].get("std") if len(theirs) == 1 else None, columns[0])
+            cells[-1] += "\n" + _cell(mean, theirs[0].get("std") if len(theirs) == 1 else None, columns[0])
         used += [run for mine in chosen for run in mine]
-    return [*cells, ", ".join(f"{title} {cell}" for title, cell in published.items()) or "–"], values, used
+    return cells, values, used
 
 
 def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) -> Table:
@@ -529,9 +529,14 @@ def _published(row: dict, column: dict) -> str:
 
 def to_markdown(table: Table) -> str:
     align = [":--"] * table.n_labels + ["--:"] * (len(table.header) - table.n_labels)
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    rows = [[_in_markdown(cell) for cell in row] for row in table.rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [table.header, align, *rows])
     return text + "\n\n" + table.remarks + "\n"
+
+
+def _in_markdown(cell: str) -> str:
+    ours, *published = cell.replace("|", "\\|").split("\n")
+    return "".join([ours, *(f"<br>*{number}*" for number in published)])
 
 
 def update_markdown(text: str, tables: list[Table]) -> str:
