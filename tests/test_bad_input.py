@@ -19,8 +19,10 @@ CASES = {
         (["--out", "/dev/null/runs.jsonl"], ["--out", "/dev/null/runs.jsonl"]),
         (
             ["--method", "mixed_mode", "--n-candidates", "10"],
-            ["--n-candidates", "mixed_mode does not read it", "evograd_guided"],
+            ["--n-candidates", "mixed_mode does not read it", "these do: evograd"],
         ),
+        (["--method", "evograd_guided", "--n-candidates", "4"], ["--n-candidates", "evograd_guided does not read it"]),
+        (["--method", "mixed_mode", "--radius", "0.1"], ["--radius", "mixed_mode does not read it", "evograd_guided"]),
         (["--method", "baseline", "--inner-lr", "0.5"], ["--inner-lr", "baseline does not read it", "second_order"]),
         (["--checkpoint-every", "0"], ["--checkpoint-every", "0 given", "at least 1"]),
         (["--checkpoint", "tests"], ["--checkpoint tests is a folder"]),

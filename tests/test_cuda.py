@@ -48,8 +48,8 @@ SMALL = {  # of each script: two or three steps, two batches of what is tested o
 NAMES = ["rotation", "label_noise", "fewshot", "crosslingual"]
 METHODS = {f"{name}-{method}": (script, method) for name, script in zip(NAMES, SMALL) for method in script.METHODS}
 
-IN_A_STEP = {"evograd/host/problem.py check_finite": 1}
-WITH_QUALITY = {name: 1000 for name in ("evograd/host/problem.py check_finite", "evograd/lab/quality.py add")}
+IN_A_STEP = {"evograd/host/result.py check_finite": 1}
+WITH_QUALITY = {name: 1000 for name in ("evograd/host/result.py check_finite", "evograd/lab/quality.py add")}
 OUTSIDE = {
     # losses as they are shown; before each checkpoint and after the last step; the training loss, for the record
     "evograd/lab/checkpoints.py mean": 2,
@@ -148,7 +148,7 @@ def run(tmp_path, capsys):
         learns = script.METHODS[method].estimator is not None
         for events in steps:
             check(events, in_a_step)
-            assert any(e.function == "evograd/host/problem.py check_finite" for e in events) == learns
+            assert any(e.function == "evograd/host/result.py check_finite" for e in events) == learns
         check(cuda.events, OUTSIDE)
         return json.loads(out.read_text().splitlines()[-1])
 
