@@ -6,6 +6,7 @@ from .guided import guided
 from .host.result import Hypergradient
 from .hypergradient import hypergradient
 from .mixed_mode import mixed_mode
+from .radius import Radius
 
-__all__ = ["Hypergradient", "baselines", "compare", "guided", "hypergradient", "mixed_mode"]
+__all__ = ["Hypergradient", "Radius", "baselines", "compare", "guided", "hypergradient", "mixed_mode"]
 __version__ = "0.1.0"

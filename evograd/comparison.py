@@ -275,13 +275,13 @@ def _place(row: Row) -> tuple:
 
 def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
     """{name: (estimator, how it is called, its settings)}; T1–T2 first."""
-    evograd, at = "hypergradient", dict(lookahead="sgd")
+    evograd, here = "hypergradient", dict(lookahead=None)
     entries = [
         (_EXACT, unrolled, "baselines.unrolled", {}),
-        (_MIXED, mixed_mode, "mixed_mode", at),
-        ("mixed mode, G at θ", mixed_mode, "mixed_mode", {}),
-        ("guided", guided, "guided", at),
-        ("guided, G at θ", guided, "guided", {}),
+        (_MIXED, mixed_mode, "mixed_mode", {}),
+        ("mixed mode, G at θ", mixed_mode, "mixed_mode", here),
+        ("guided", guided, "guided", {}),
+        ("guided, G at θ", guided, "guided", here),
         ("EvoGrad, K = 2", hypergradient, evograd, {}),
         ("EvoGrad, K = 10", hypergradient, evograd, dict(n_candidates=10)),
         ("finite differences", finite_difference, "baselines.finite_difference", {}),

@@ -1,29 +1,32 @@
 """T1–T2 by a difference: two passes of the training loss, on either side of θ along the validation gradient.
 
 Relatives: DARTS (Liu, Simonyan, Yang, ICLR 2019, arXiv 1806.09055), SAMA (Choe et al., NeurIPS 2023), guided evolution
-strategies (Maheswaranathan et al., ICML 2019).
+strategies (Maheswaranathan et al., ICML 2019). It is one nudge of Zucchet et al. (Neural Computation 2022).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .evaluation import STRATEGIES, evaluation_by, in_place
+from .evaluation import Stream, in_place
 from .host import processes
-from .host.checks import Closure, Parameters, check_choice, check_differences, check_lookahead, check_positive
+from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive
 from .host.draws import Occasions
+from .host.gathering import partial
 from .host.precision import Precision
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, looked_at
-from .host.vectors import Position
+from .host.vectors import Position, Vector, norm
 from .operations.kinks import Kinks, OwnKinks
+from .radius import RETAKES, Radius, better, is_found, start
 
-RADIUS = 3e-6  # over the norm of θ: where kinks are shared and in float32, small and large networks are right
+STRATEGIES = ("stream", "in_place")
 
 
 @estimator
@@ -35,9 +38,10 @@ def guided(
     *,
     inner_lr: float,
     parameters: Parameters = None,
-    lookahead: Parameters | str = None,
-    radius: float | None = None,
+    lookahead: Parameters | str = "sgd",
+    radius: float | Radius | None = None,
     share_kinks: bool = True,
+    kinks: Kinks | None = None,
     strategy: str | None = None,
     group: dist.ProcessGroup | None = None,
     share: str | None = None,
@@ -48,90 +52,171 @@ def guided(
         θ^± = θ ± r G/‖G‖,   G = ∂ℓ_V/∂θ at the lookahead parameters
 
     These are EvoGrad's four moves with two candidates along G in place of random ones, where the softmax is linear. Both draw the
-    same random numbers. In a network of P parameters a random direction has a P-th of G in it; this one has all of it.
+    same random numbers, and both run with the activation pattern of θ: without it a difference counts the jumps of ∂ℓ_T/∂λ where
+    a ReLU or the maximum of a pool changes sides between the two, and T1–T2 does not. The difference then tends to T1–T2 as r
+    goes to 0, and the radius finds itself (`evograd.radius`): there is nothing to tune.
 
     Args:
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
         inner_lr: η > 0.
-        lookahead: where G is taken: named parameters (those after the training step, say), "sgd" for one SGD step of inner_lr on
-            train_loss from θ (one more pass, with the random draws of the candidates), or None for θ itself. See "Lookahead" in
-            evograd/README.md.
-        radius: r > 0. Default: 3e-6 ‖θ‖, which float32 resolves; in lower precision half of its eps times ‖θ‖ (bfloat16: 0.004
-            ‖θ‖), and 4 eps where θ is less than half of the parameters (adapters).
-        share_kinks: let both candidates run with one activation pattern, see `evograd.operations.kinks`. A difference counts the
-            jumps of ∂ℓ_T/∂λ where a ReLU or the maximum of a pool changes sides between the two, and T1–T2 does not.
-        strategy: "stream", "in_place" or "retain", as in `evograd.hypergradient`.
+        lookahead: where G is taken: "sgd" for one SGD step of inner_lr on train_loss from θ, with the random draws of the pair;
+            named parameters (those after the training step, say); or None for θ itself, which is cheaper and blind to a step that
+            is too long. See "Lookahead" in evograd/README.md. Default: "sgd", T1–T2.
+        radius: r > 0; or a `Radius`, which a loop hands to all of its calls. Default: each call begins anew, and takes its pair
+            again, twice at most, where the first was far from the best.
+        share_kinks: False lets each candidate make its own choices, see `evograd.operations.kinks`.
+        kinks: the pattern of θ, recorded around a pass of the same train_loss there (that of the training step, say), where
+            lookahead is not "sgd". Default: one more pass of train_loss, without a graph for θ; "sgd" has it for nothing.
+        strategy: "stream" or "in_place", as in `evograd.hypergradient`.
         group, share: a process group, each of whose processes has closures that are means over its own part of the batch
             (share="batch", the only one there is). G is averaged, as gradients are in training. Default: this process alone, or,
             with a sharded model, the processes that hold its shards.
 
     Returns:
-        Hypergradient; its `candidate_losses` are ℓ_T(θ⁺, λ) and ℓ_T(θ⁻, λ).
+        Hypergradient; its `candidate_losses` are ℓ_T(θ⁺, λ) and ℓ_T(θ⁻, λ), its `curvature` tells how good the radius was.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as in `evograd.hypergradient`; also a radius that the losses' precision does not resolve.
+        ValueError, TypeError, RuntimeError: as in `evograd.hypergradient`; also a radius that the losses' precision does not
+            resolve, and kinks of another pass. A warning tells where no radius resolves the difference.
 
     What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between candidates: compute it once, at θ, and
     hand it to all of them (the input of label noise's weight net, that of MetaXL's transformation).
     """
-    _check(inner_lr, radius, lookahead, strategy)
+    _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy))
     check_differences(problem.theta)
     processes.check(problem, group, share)
     processes.check_batch(problem, group, share)
-    kinks = Kinks() if share_kinks else OwnKinks()
 
-    sharing = processes.team(problem, group, "batch", 2, ("mean",) * (1 + (lookahead == "sgd")) + ("norms", "gather"))
-    with problem.undisturbed(), problem.precision.watched(), sharing as team:
+    moves = [("mean", 0)] * (1 + (lookahead == "sgd")) + PAIR
+    with problem.undisturbed(), problem.precision.watched(), processes.team(problem, group, "batch", 2, moves) as team:
         occasions = team.occasions(lambda: 0)
-        ahead = problem.lookahead(lookahead, inner_lr, as_the_pair(occasions, kinks), team.mean)
-        val, direct, gradient = problem.val_gradient(ahead)
-        gradient = team.mean(gradient)
+        at_theta = AtTheta(problem, occasions, kinks or (Kinks() if share_kinks else OwnKinks()))
 
-        pair = Pair(problem, gradient, team.norms, radius, kinks)
-        evaluation = evaluation_by(strategy)(problem, pair, team.candidates, occasions)
-        losses = team.gather(evaluation.losses())
-        mixed = evaluation.gradient(-inner_lr * pair.coefficients(losses))  # −η ∂²ℓ_T/∂λ∂θ G
-        val, total = team.total(val, problem.lam.flat(direct), mixed)
-        result = Hypergradient(problem.grads(total), val, losses, torch.full_like(losses, 1 / 2))
-        return looked_at(result, problem, evaluation, pair)
+        def validated() -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+            ahead = problem.lookahead(lookahead, inner_lr, at_theta.gradient, team.mean)
+            with occasions.first("validation"):
+                val, direct, gradient = problem.val_gradient(ahead)
+            return val, direct, team.mean(gradient)
+
+        val, direct, gradient = validated()
+        at_theta.look()
+        for pair in pairs(problem, at_theta, gradient, lambda: validated()[-1], radius, team, moves):
+            evaluation = Stream(problem, pair, team.candidates, occasions)
+            losses = team.gather(evaluation.losses())
+            mixed = evaluation.gradient(-inner_lr * pair.coefficients(losses))  # −η ∂²ℓ_T/∂λ∂θ G
+            pair.see(evaluation.partials, team.gather)
+            ell, total = team.total(val, problem.lam.flat(direct), mixed)
+            result = Hypergradient(problem.grads(total), ell, losses, torch.full_like(losses, 1 / 2))
+            result = looked_at(result, problem, evaluation, pair)
+        return result
 
 
-@contextmanager
-def as_the_pair(occasions: Occasions, kinks: Kinks | OwnKinks) -> Iterator[None]:
-    """A pass at θ, which draws what the pair draws, and whose pattern the pair takes."""
-    with occasions.of(0, again=True), kinks.shared():
-        yield
+PAIR = [("over_shards", 3), ("gather", 2), ("gather", 3)]  # what is sent for a pair
+
+
+class AtTheta:
+    """A pass of train_loss at θ, which draws what the pair draws: the pattern that both take, and the gradient between theirs.
+
+    known: that gradient, ∂ℓ_T/∂λ; None without a pass.
+    """
+
+    def __init__(self, problem: Problem, occasions: Occasions, kinks: Kinks | OwnKinks):
+        self.problem, self.occasions, self.kinks = problem, occasions, kinks
+        self.known: Vector.Flat | None = None
+        self.losses: dict[str, Tensor] = {}
+
+    def gradient(self) -> list[Tensor | None]:
+        """∇_θ ℓ_T(θ, λ), of a lookahead by SGD."""
+        problem = self.problem
+        with self.occasions.of(0, again=True), self.kinks.shared():
+            loss, direct, gradient = problem.gradient_of(problem.train_loss, [problem.theta])
+        self.known, self.losses = problem.lam.flat(direct), {"train_loss at θ": loss}
+        return gradient
+
+    def look(self) -> None:
+        """Take a pass where none was made, and nothing was handed over."""
+        problem = self.problem
+        if self.known is None and self.kinks.wanted:
+            with self.occasions.of(0, again=True), problem.at([problem.theta]), self.kinks.shared():
+                loss = problem.evaluate(problem.train_loss)
+                self.known = problem.lam.flat(partial(loss, problem.hyperparameters))
+
+
+def pairs(
+    problem: Problem,
+    at_theta: AtTheta,
+    direction: list[Tensor | None],
+    regained: Callable[[], list[Tensor | None]],
+    radius: float | Radius | None,
+    team: processes.Alone,
+    moves: Sequence[tuple[str, int]],
+) -> Iterator[Pair]:
+    """A pair along the direction, and others where it has not found its radius.
+
+    regained: the direction once more, where a pair in place had to let it go.
+    """
+    carried = radius if isinstance(radius, Radius) else Radius()
+    fixed = None if radius is carried else radius
+    size, scale = measured(problem, direction, team)
+    relative = carried.value or start(max(problem.precision.eps, problem.lam.eps))
+    for again in range(RETAKES + 1):
+        last = fixed is not None or again == RETAKES
+        pair = Pair(problem, at_theta, direction, size, fixed or relative * scale, fixed, last)
+        yield pair
+        if pair.found or last or math.isnan(pair.apart):
+            break
+        relative = better(relative, pair.curvature, pair.apart, pair.eps)
+        carried.retakes += 1
+        team.again(PAIR[1:] if problem.place is None else moves)
+        direction = direction if problem.place is None else regained()
+    if fixed is None and not math.isnan(pair.apart):
+        carried.follow(relative, pair.curvature, pair.apart, pair.eps)
+
+
+def measured(problem: Problem, direction: Sequence[Tensor], team: processes.Alone) -> tuple[Tensor, Tensor]:
+    """(‖v‖, scale of θ as the direction sees it): the mean of ‖θ_i‖ over its tensors, geometric, each by its part of ‖v‖².
+
+    A bias of 1e6, or a large tensor that hardly moves, does not set it.
+    """
+    layout = problem.layout
+    views = [view for bucket, flat in zip(layout.buckets, direction) for view in bucket.views(flat)]
+    like = views[0].new_empty((), dtype=torch.promote_types(views[0].dtype, torch.float32))
+    of_v, of_theta = (torch.stack([n.to(like) for n in torch._foreach_norm(tensors)]) for tensors in (views, layout.tensors))
+    part = of_v.square()
+    there = part * (of_theta > 0)  # of the norm of a tensor of zeros nothing is learned
+    logs = there * of_theta.log().nan_to_num_(neginf=0)
+    square, weight, log = team.over_shards(torch.stack([part, there, logs]).sum(1)).unbind()
+    mean = log / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    return square.sqrt(), mean.exp() * math.exp(problem.shards_in_log)
 
 
 class Pair:
     """Two candidates θ ± r v/‖v‖, whose difference is a derivative along v: the one place where passes are subtracted.
 
     direction: v, bucket by bucket. Candidates in place need it for the first of them alone: the model holds the step then, and
-    the second takes it from there.  norms: of several vectors at once.
+    the second takes it from there.  size: ‖v‖.  radius: r.  fixed: r where the user has chosen it.  last: there is no further one.
     """
-
-    tells_apart: bool | Tensor
 
     def __init__(
         self,
         problem: Problem,
+        at_theta: AtTheta,
         direction: list[Tensor | None],
-        norms: Callable[..., list[Tensor]],
-        radius: float | None,
-        kinks: Kinks | OwnKinks,
+        size: Tensor,
+        radius: float | Tensor,
+        fixed: float | None,
+        last: bool,
     ):
-        self.layout, self.place, self.kinks = problem.layout, problem.place, kinks
-        self.direction, self.held = direction, 0  # held: the sign of the step that the model holds
-        self.norm, self.size = norms(direction, self.layout.tensors)  # of v and θ
-        self.settings, self.val_first = ("guided", radius), True
-        self.tells_apart = self.norm > 0
-        self.relative = max(RADIUS, problem.precision.radius) if radius is None else None
-        if radius is None:
-            self.radius = self.relative * torch.where(self.size > 0, self.size, 1)
-        else:
-            self.radius = torch.full_like(self.norm, radius)
-        self.step = torch.where(self.norm > 0, self.radius / self.norm, 0)  # without a direction candidates are θ itself
+        self.problem, self.layout, self.place = problem, problem.layout, problem.place
+        self.at_theta, self.direction, self.size, self.fixed, self.last = at_theta, direction, size, fixed, last
+        self.held = 0  # the sign of the step that the model holds
+        self.radius = torch.as_tensor(radius, dtype=size.dtype, device=size.device)
+        self.step = (self.radius / size).nan_to_num(posinf=0)  # without a direction candidates are θ itself
+        self.settings, self.tells_apart = ("guided", fixed), size > 0
+        self.before = at_theta.losses | {"val_loss": None}  # candidates depend on them
+        self.numbers: list[Tensor] = []
+        self.curvature = self.apart = math.nan
 
     def position(self, k: int) -> Position:
         sign = 1 - 2 * k
@@ -152,38 +237,62 @@ class Pair:
         return 0
 
     def pattern(self, k: int) -> AbstractContextManager:
-        return self.kinks.shared()
+        return self.at_theta.kinks.shared()
 
     def coefficients(self, like: Tensor) -> Tensor:
         """(2,): Σ_k c_k g(θ_k) is the derivative of g along v, by a central difference."""
-        size = (self.norm / (2 * self.radius)).to(like)
-        return torch.stack([size, -size])
+        half = (self.size / (2 * self.radius)).to(like)
+        return torch.stack([half, -half])
+
+    def see(self, partials: Sequence[Vector.Flat], gather: Callable[[Tensor], Tensor]) -> None:
+        """The numbers by which a radius is judged, on the device."""
+        squares = gather(self.problem.lam.parity(*partials, self.at_theta.known))
+        self.numbers = [*(squares[:2] / squares[1:]).sqrt(), self.size]
+
+    def read(self, values: Sequence[float]) -> None:
+        """The same, where the host has them."""
+        if values:
+            self.curvature, self.apart = values[0], values[1] / self.eps if values[2] > 0 else math.inf
+
+    @property
+    def eps(self) -> float:
+        """Of the coarsest numbers that the gradients by λ are made of."""
+        return max(self.problem.precision.eps, self.problem.lam.eps)
+
+    @property
+    def found(self) -> bool:
+        return is_found(self.curvature, self.apart, self.eps)
 
     def check_digits(self, precision: Precision) -> None:
-        """Errors where the two of a pair are so close that their difference is rounding."""
+        """Errors and warnings where the two of a pair are so close that their difference is rounding."""
         if not precision.low:
             return
-        if self.relative is not None and self.relative < precision.radius:
+        if self.fixed is None and self.apart < 2:
             raise RuntimeError(
-                f"train_loss is computed in {precision.dtype}, and val_loss in more digits, by which the radius was chosen; "
-                f"give radius={precision.radius * self.size.item():.2g}, or let both run in the same"
+                f"no radius resolves the difference of a pair in {precision.dtype}: the gradients of the two by the hyperparameters "
+                f"differ by {self.apart:.2g} eps; compute train_loss in more digits, at least around this call"
             )
-        given, least = self.radius.item(), precision.eps / 4 * self.size.item()
-        if self.relative is None and given < least:
-            raise ValueError(
-                f"radius={given:.2g} is not resolved by {precision.dtype}, in which losses are computed: at least {least:.2g} "
-                "is needed for parameters of this norm; radius=None chooses one"
-            )
+        if self.fixed is not None:
+            least = precision.eps / 4 * norm(self.layout.tensors).item() * math.exp(self.problem.shards_in_log)
+            if self.fixed < least:
+                raise ValueError(
+                    f"radius={self.fixed:.2g} is not resolved by {precision.dtype}, in which losses are computed: at least "
+                    f"{least:.2g} is needed for parameters of this norm; radius=None chooses one"
+                )
 
 
-def _check(inner_lr: float, radius: float | None, lookahead: Parameters | str, strategy: str | None) -> None:
+def _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy) -> None:
     check_positive("inner_lr", inner_lr)
-    if radius is not None:
+    if radius is not None and not isinstance(radius, Radius):
         check_positive("radius", radius)
     check_lookahead(lookahead)
-    if strategy == "vmap":
+    if kinks is not None and not (isinstance(kinks, Kinks) and kinks.recorded):
+        raise ValueError("kinks must be Kinks() that hold a pass of train_loss at θ: with kinks.record(): train_loss(model)")
+    if kinks is not None and (lookahead == "sgd" or not share_kinks):
+        which = "lookahead='sgd' records the pattern itself" if share_kinks else "share_kinks=False shares none"
+        raise ValueError(f"kinks given, but {which}; leave kinks out")
+    if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(
-            "strategy='vmap' evaluates candidates at once, but the two of a guided pair run one after the other, since they "
-            "share their kinks; accepted are 'stream', 'in_place' and 'retain'"
+            f"strategy={strategy!r} is not for a pair, whose candidates run one after the other with the pattern of θ; accepted "
+            f"are {' and '.join(map(repr, STRATEGIES))}"
         )
-    check_choice("strategy", strategy, STRATEGIES)

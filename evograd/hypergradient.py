@@ -100,7 +100,7 @@ def hypergradient(
     processes.check_candidates(problem, group, share, n_candidates)
     scale = 1 if inner_lr is None else inner_lr / inner_learning_rate(n_candidates, sigma, temperature)
 
-    sharing = processes.team(problem, group, share, n_candidates, ("gather", "slopes"))
+    sharing = processes.team(problem, group, share, n_candidates, [("gather", n_candidates), ("slopes", n_candidates)])
     with problem.undisturbed(), problem.precision.watched(), sharing as team:
         epsilon = SeededNoise(noise, problem.layout, n_candidates, generator, problem.shard)
         occasions = team.occasions(lambda: epsilon.first)

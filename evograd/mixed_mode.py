@@ -30,7 +30,7 @@ def mixed_mode(
     *,
     inner_lr: float,
     parameters: Parameters = None,
-    lookahead: Parameters | str = None,
+    lookahead: Parameters | str = "sgd",
 ) -> Hypergradient:
     """The exact hypergradient through one SGD step of `inner_lr` (η), the limit of guided EvoGrad as its radius goes to 0:
 
@@ -38,8 +38,8 @@ def mixed_mode(
 
     The directional derivative in the brackets is one pass of train_loss in forward mode along G; it is then differentiated
     by λ in reverse mode. Where λ enters after the network (sample weights, say) the network itself needs no graph.
-    With lookahead="sgd", G is taken at θ − η ∇ℓ_T(θ, λ), and the result is the T1–T2 hypergradient of
-    `evograd.baselines.unrolled` to rounding, random draws included. Relative: MixFlow-MG, Kemaev et al., ICML 2025, arXiv
+    By default G is taken at θ − η ∇ℓ_T(θ, λ), and the result is the T1–T2 hypergradient of `evograd.baselines.unrolled` to
+    rounding, random draws included. Relative: MixFlow-MG, Kemaev et al., ICML 2025, arXiv
     2505.00793.
 
     Where PyTorch's formulas of forward mode are wrong under reverse mode (batch, layer and instance norm; solve, det, eigh and
@@ -51,8 +51,7 @@ def mixed_mode(
     Args:
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
         inner_lr: η > 0.
-        lookahead: where G is taken: named parameters (those after the training step, say), "sgd" for one SGD step of inner_lr
-            (one more pass of train_loss, with the same random draws), or None for θ itself.
+        lookahead: where G is taken, as in `evograd.guided`: "sgd" (the default), named parameters, or None for θ itself.
 
     Returns:
         Hypergradient; its `candidate_losses` is ℓ_T(θ, λ), of shape (1,).
@@ -66,12 +65,16 @@ def mixed_mode(
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     occasions = Occasions(problem.draws)
 
+    def train_gradient() -> list[Tensor | None]:
+        with occasions.first("train"):
+            return problem.gradient_of(train_loss, [problem.theta])[-1]
+
     def loss_at(theta: dict[str, Tensor]) -> Tensor:
         with problem.holding(theta):
             return problem.evaluate(train_loss)
 
     with problem.undisturbed():
-        ahead = problem.lookahead(lookahead, inner_lr, occasions.first("train"))
+        ahead = problem.lookahead(lookahead, inner_lr, train_gradient)
         val, direct, gradient = problem.val_gradient(ahead)
         with occasions.of("train"), not_recomputed(), explained():
             # ⟨∇_θ ℓ_T, G⟩ by one pass in forward mode, then its gradient by λ in reverse mode

@@ -5,6 +5,7 @@ Noise is drawn again from its seeds whenever it is needed, and not stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -134,12 +135,17 @@ class Perturbed:
     """The paper's candidates θ_k = θ + σ ε_k, k = 0..K−1.
 
     What an evaluation asks of candidates (see `evograd.evaluation`): `position`, `alike`, `pattern`, and `stacked` of those
-    that are evaluated at once. What is asked of them afterwards: `settings`, `val_first`, `tells_apart`, `check_digits`.
+    that are evaluated at once. The others are asked afterwards, see `evograd.host.result.looked_at`.
     """
+
+    before: dict = {}  # noqa: RUF012, the validation loss depends on candidates
+    found = last = True  # there is no other try
+    numbers: Sequence[Tensor] = ()
+    curvature = math.nan
 
     def __init__(self, epsilon: SeededNoise, sigma: float, common_random_numbers: bool):
         self.epsilon, self.layout, self.sigma, self.common = epsilon, epsilon.layout, sigma, common_random_numbers
-        self.settings, self.val_first = (epsilon.name, sigma), False
+        self.settings = (epsilon.name, sigma)
         # Few parameters may get the same noise twice, and there is nothing to tell apart then.
         self.tells_apart: bool | Tensor = self.layout.n_parameters >= 64
 
@@ -178,6 +184,9 @@ class Perturbed:
         for part, noise in self.epsilon.pieces(k, b):
             piece = gradient[part]
             yield torch.dot(piece, noise[: len(piece)])
+
+    def read(self, values: Sequence[float]) -> None:
+        pass
 
     def check_digits(self, precision: Precision) -> None:
         """A warning where losses in few digits do not tell candidates apart."""

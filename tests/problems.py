@@ -181,5 +181,5 @@ def bilevel(kind: str, seed: int = 0) -> Bilevel:
 def estimate(*problem, noise="sign", **settings):
     """The paper's estimator by its kind of noise; "guided" is a function of its own, at the paper's scale here."""
     if noise == "guided":
-        return evograd.guided(*problem, **{"inner_lr": 1e-5, **settings})
+        return evograd.guided(*problem, **{"inner_lr": 1e-5, "lookahead": None, **settings})
     return evograd.hypergradient(*problem, noise=noise, **settings)

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
 from evograd.host.slots import meeting
+from evograd.operations.kinks import Kinks
 
 from .problems import bilevel
 
@@ -75,8 +76,10 @@ def unrolled(*args, **settings):
         ({"method": guided, "lookahead": {"0.bias": torch.ones(9)}}, ValueError, ["lookahead", "0.bias", "(9,)", "(6,)"]),
         ({"method": guided, "radius": 0}, ValueError, ["radius=0", "positive"]),
         ({"method": guided, "inner_lr": math.nan}, ValueError, ["inner_lr=nan", "positive"]),
-        ({"method": guided, "strategy": "vmap"}, ValueError, ["'vmap'", "'stream', 'in_place' and 'retain'"]),
-        ({"method": guided, "strategy": "store"}, ValueError, ["strategy='store'", "'stream'", "'retain'"]),
+        ({"method": guided, "strategy": "vmap"}, ValueError, ["'vmap'", "'stream' and 'in_place'"]),
+        ({"method": guided, "strategy": "retain"}, ValueError, ["'retain'", "'stream' and 'in_place'"]),
+        ({"method": guided, "kinks": 3, "lookahead": None}, ValueError, ["kinks must be Kinks()"]),
+        ({"method": guided, "kinks": Kinks(), "lookahead": None}, ValueError, ["kinks must be Kinks()", "hold a pass"]),
         ({"method": unrolled, "inner_lr": math.inf}, ValueError, ["inner_lr=inf"]),
         ({"method": unrolled, "n_steps": 0}, ValueError, ["n_steps=0", "at least 1"]),
     ],

@@ -75,7 +75,7 @@ def test_many_buckets_and_pieces_give_what_one_gives(settings, monkeypatch, floa
         torch.manual_seed(3)
         if settings.get("noise") == "guided":
             expected = guided_reference(problem, 0.1, radius=0.1)
-            found = evograd.guided(*problem.args(), inner_lr=0.1, radius=0.1, share_kinks=False).grads
+            found = evograd.guided(*problem.args(), inner_lr=0.1, lookahead=None, radius=0.1, share_kinks=False).grads
         else:
             given = dict(n_candidates=4, sigma=0.1, temperature=0.2, noise=settings.get("noise", "sign"))
             expected = evograd_reference(problem, **given)

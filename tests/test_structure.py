@@ -19,7 +19,7 @@ FLOORS = [
     ["comparison"],
     ["baselines"],
     ["hypergradient", "guided", "mixed_mode"],
-    ["noise", "evaluation", "measuring"],
+    ["noise", "evaluation", "measuring", "radius"],
     ["host"],
     ["operations"],
 ]

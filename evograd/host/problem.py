@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
@@ -73,6 +74,11 @@ class Problem:
     def shard(self) -> tuple[int, int] | None:
         """(which, of how many) of a sharded model's θ."""
         return self.sharding.shard if self.sharding else None
+
+    @property
+    def shards_in_log(self) -> float:
+        """log of how much longer θ is than this process's shards, where all are of one length."""
+        return 0.5 * math.log(self.shard[1]) if self.shard else 0.0
 
     def _apart(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor that stays as it is when the model's own are written into."""
@@ -193,19 +199,18 @@ class Problem:
         self,
         lookahead: Parameters | str,
         inner_lr: float,
-        inside: AbstractContextManager = nullcontext(),  # noqa: B008
+        train_gradient: Callable[[], list[Tensor | None]],
         mean: Callable[[list[Tensor]], list[Tensor]] = list,
     ) -> Position:
         """Where G is taken: θ itself (None), given parameters, or θ − inner_lr ∇ℓ_T(θ, λ) ("sgd").
 
-        inside: a block for the pass of train_loss at θ, where one is made.  mean: of its gradient, over processes.
+        train_gradient: gives ∇ℓ_T(θ, λ), bucket by bucket.  mean: of it, over processes.
         """
         if lookahead is None:
             return [self.theta]
-        if lookahead == "sgd":
-            with inside:
-                _, _, gradient = self.gradient_of(self.train_loss, [self.theta])
-            return self.layout.moved(torch.mul(flat, -inner_lr) for flat in emptied(mean(self.whole(gradient))))
+        if isinstance(lookahead, str):  # "sgd"
+            steps = emptied(mean(self.whole(train_gradient())))
+            return self.layout.moved(torch.mul(flat, -inner_lr) for flat in steps)
         given = checks.named(self.model, self.own, lookahead, "lookahead").items()
         given = {name: self._apart(name, local(tensor)) for name, tensor in given}
         return [{name: given.get(name, p) for name, p in self.theta.items()}]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .draws import Occasions, draw_seeds
 from .problem import Problem
-from .vectors import Vector, exactly, norm
+from .vectors import Vector, exactly
 
 SHARES = ("candidates", "batch")
 FAILED = -1.0
@@ -46,9 +46,12 @@ class Alone:
         """⟨G, ε_k⟩ of each of this process's candidates -> (K,), everybody's; sums over the shards, if there are any."""
         return values
 
-    def norms(self, *vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The norm of each vector, given in pieces; over the shards, if there are any."""
-        return list(map(norm, vectors))
+    def over_shards(self, values: Tensor) -> Tensor:
+        """Sums of numbers over the shards, if there are any."""
+        return values
+
+    def again(self, moves: Sequence[tuple[str, int]]) -> None:
+        """What comes is not the end: these moves are made once more."""
 
     def mean(self, gradient: list[Tensor]) -> list[Tensor]:
         """A gradient by θ, bucket by bucket -> its mean over the parts of a batch."""
@@ -72,12 +75,12 @@ class _Group(Alone):
     A process that fails within the block still sends what the others wait for, with a mark. So all of them raise in the same
     step, and a process that catches its error and calls again is in step with the others.
 
-    moves: the methods that an estimator calls before `total`, in order.
+    moves: the methods that an estimator calls before `total`, in order, each with how many numbers it sends.
     """
 
     parts = 1  # of a batch
 
-    def __init__(self, problem: Problem, n_candidates: int, moves: Sequence[str], groups, rank: int, size: int):
+    def __init__(self, problem: Problem, n_candidates: int, moves: Sequence[tuple[str, int]], groups, rank: int, size: int):
         super().__init__(problem, n_candidates)
         self.n_candidates, self.moves = n_candidates, moves
         self.groups, self.rank, self.size = groups, rank, size
@@ -86,17 +89,20 @@ class _Group(Alone):
         self.unsent: list[tuple] = []  # what the others wait for
 
     def __enter__(self) -> Alone:
+        self.again(self.moves)
+        return self
+
+    def again(self, moves: Sequence[tuple[str, int]]) -> None:
         # The last message begins with one number from each process: its seed, or FAILED.
         n_last = self.size + 1 + sum(h.numel() * (1 + h.is_complex()) for h in self.problem.hyperparameters)
-        self.unsent = [message for move in self.moves for message in self.messages(move)] + [self.message(n_last)]
-        return self
+        self.unsent = [message for move, n in moves for message in self.messages(move, n)] + [self.message(n_last)]
 
     def message(self, n: int, like: Tensor | None = None) -> tuple:
         """(how many, of which dtype, where)"""
         return (n, torch.float64, self.device) if like is None else (n, like.dtype, like.device)
 
-    def messages(self, move: str) -> list[tuple]:
-        return [self.message(self.n_candidates)] if move in ("gather", "slopes") else []
+    def messages(self, move: str, n: int) -> list[tuple]:
+        return [self.message(n)] if move in ("gather", "slopes") else []
 
     def occasions(self, seed: Callable[[], int]) -> Occasions:
         self.seed = seed() % 2**52  # exact in float64
@@ -104,7 +110,7 @@ class _Group(Alone):
 
     def gather(self, values: Tensor) -> Tensor:
         message = self._buffer()
-        message[self.candidates[0] :: self.candidates.step] = values.to(message)
+        message[self.candidates[0] : len(message) : self.candidates.step] = values.to(message)
         return (self._summed(message) / self.parts).to(values)
 
     slopes = gather
@@ -181,10 +187,10 @@ class ByBatch(_Group):
         super().__init__(*settings)
         self.parts = self.size
 
-    def messages(self, move: str) -> list[tuple]:
+    def messages(self, move: str, n: int) -> list[tuple]:
         if move == "mean":
             return [self.message(bucket.size, bucket.like) for bucket in self.problem.layout.buckets]
-        return super().messages(move)
+        return super().messages(move, n)
 
     def mean(self, gradient: list[Tensor]) -> list[Tensor]:
         means = []
@@ -202,21 +208,18 @@ class OfShards(ByBatch):
     others waiting, where FSDP2 gathers parameters: they cannot be told.
     """
 
-    def messages(self, move: str) -> list[tuple]:
-        return {"norms": [self.message(2)], "mean": []}.get(move, super().messages(move))
+    def messages(self, move: str, n: int) -> list[tuple]:
+        return [] if move == "mean" else [self.message(n)]
 
     def occasions(self, seed: Callable[[], int]) -> Occasions:
         # Shards without replicas may draw as they like.
         return super().occasions(seed if self.problem.sharding.replicas > 1 else lambda: 0)
 
-    def norms(self, *vectors: Sequence[Tensor]) -> list[Tensor]:
-        own = super().norms(*vectors)
-        squares = torch.stack([n.to(self.device).double().square() for n in own])
-        return [s.sqrt().to(n) for s, n in zip(self.slopes(squares), own)]
-
-    def slopes(self, values: Tensor) -> Tensor:
+    def over_shards(self, values: Tensor) -> Tensor:
         message = self._buffer().copy_(values)
         return (self._summed(message) / self.problem.sharding.replicas).to(values)
+
+    slopes = over_shards
 
     def mean(self, gradient: list[Tensor]) -> list[Tensor]:
         return gradient
@@ -227,7 +230,7 @@ class OfShards(ByBatch):
 
 
 def team(
-    problem: Problem, group: dist.ProcessGroup | None, share: str | None, n_candidates: int, moves: Sequence[str]
+    problem: Problem, group: dist.ProcessGroup | None, share: str | None, n_candidates: int, moves: Sequence[tuple[str, int]]
 ) -> Alone:
     """Who does the work, once `check` has let the arguments through."""
     if (sharding := problem.sharding) is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import wraps
 
 import torch
@@ -35,12 +35,14 @@ class Hypergradient:
     val_loss: (), ℓ_V where the estimator took it (merged, lookahead or unrolled parameters).
     candidate_losses: (K,), ℓ_T of each candidate; (1,), ℓ_T(θ), for the estimators that have none; (2,) for guided pairs.
     weights: (K,), softmax(−ℓ/τ); equal ones for the estimators that have none.
+    curvature: of a guided pair, ‖g₊ + g₋ − 2g₀‖ / ‖g₊ − g₋‖ of its gradients by λ, see `evograd.radius`; None where it is not known.
     """
 
     grads: list[Tensor]
     val_loss: Tensor
     candidate_losses: Tensor
     weights: Tensor
+    curvature: float | None = None
 
 
 def estimator(function: Callable[..., Hypergradient]) -> Callable[..., Hypergradient]:
@@ -76,12 +78,16 @@ def looked_at(result: Hypergradient, problem, evaluation, candidates) -> Hypergr
     known = all(candidates.settings in _resolved.get(h, ()) for h in problem.hyperparameters)
     two = [] if known or problem.precision.low or candidates.tells_apart is False else evaluation.first_two()
     apart = problem.lam.apart(*two, candidates.tells_apart) if two else []
-    values = check_finite(result.candidate_losses, result.val_loss, result.grads, apart, candidates.val_first)
-    if (i := _unresolved(problem.hyperparameters, values, candidates.settings)) is not None:
-        warn(UNRESOLVED.format(i=i, apart=values[i], dtype=problem.hyperparameters[i].dtype))
-    if not isinstance(result.val_loss, FakeTensor):
-        candidates.check_digits(problem.precision)
-    return result
+    also = [*apart, *candidates.numbers]
+    values = check_finite(result.candidate_losses, result.val_loss, result.grads, also, candidates.before)
+    candidates.read(values[len(apart) :])
+    if candidates.found or candidates.last:
+        if (i := _unresolved(problem.hyperparameters, values[: len(apart)], candidates.settings)) is not None:
+            warn(UNRESOLVED.format(i=i, apart=values[i], dtype=problem.hyperparameters[i].dtype))
+        if not isinstance(result.val_loss, FakeTensor):
+            candidates.check_digits(problem.precision)
+    curvature = None if math.isnan(candidates.curvature) else candidates.curvature
+    return replace(result, curvature=curvature)
 
 
 def _unresolved(hyperparameters: Sequence[Tensor], apart: Sequence[float], settings: tuple) -> int | None:
@@ -99,22 +105,25 @@ def _unresolved(hyperparameters: Sequence[Tensor], apart: Sequence[float], setti
 
 
 def check_finite(
-    train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor], also: Sequence[Tensor] = (), val_first: bool = False
+    train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor], also: Sequence[Tensor] = (), before: Mapping[str, Tensor | None] = {}  # noqa: B006
 ) -> list[float]:
     """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end.
 
-    also: other numbers, which come along.  val_first: candidates depend on the validation loss, and not the other way round.
+    also: other numbers, which come along.  before: losses that came before the candidates, by name; None for val_loss.
     """
     if isinstance(val_loss, FakeTensor) or capturing(val_loss):
         return []
     largest = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
     n = len(train_losses)
-    numbers = torch.stack([v.to(train_losses) for v in (val_loss, *largest, *also)])
+    others = [loss for loss in before.values() if loss is not None]
+    numbers = torch.stack([v.to(train_losses) for v in (val_loss, *largest, *others, *also)])
     values = torch.cat([train_losses, numbers]).tolist()
-    end = len(values) - len(also)
-    losses = [(f"train_loss of candidate {k}", value) for k, value in enumerate(values[:n])]
-    losses.insert(0 if val_first else n, ("val_loss", values[n]))
-    for which, value in losses:
+    end = len(values) - len(also) - len(others)
+    first = iter(values[end:])
+    losses = {name: values[n] if loss is None else next(first) for name, loss in before.items()}
+    losses |= {f"train_loss of candidate {k}": value for k, value in enumerate(values[:n])}
+    losses.setdefault("val_loss", values[n])
+    for which, value in losses.items():
         if not math.isfinite(value):
             raise NotFinite(f"{which} is {value}; a finite loss is needed (candidates: {values[:n]}, validation: {values[n]})")
     for i, value in enumerate(values[n + 1 : end]):
@@ -123,4 +132,4 @@ def check_finite(
                 f"the gradient by hyperparameters[{i}] is not finite, although the losses are: an operation has no "
                 "finite derivative where it was taken (a root or a norm at zero, say)"
             )
-    return values[end:]
+    return values[end + len(others) :]

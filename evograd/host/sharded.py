@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-
 PLAIN = (Tensor, nn.Parameter)
 
 

@@ -119,6 +119,7 @@ class Vector:
         for i, tensor in enumerate(self.tensors):
             groups.setdefault((tensor.device, tensor.is_complex()), []).append(i)
         self.groups = list(groups.values())
+        self.eps = max(torch.finfo(tensor.dtype).eps for tensor in self.tensors)
 
     def flat(self, grads: Sequence[Tensor | None]) -> Flat:
         """One gradient for each hyperparameter, None where there is no dependence."""
@@ -167,6 +168,20 @@ class Vector:
                 some = (of > 0) & (meant.to(of.device) if isinstance(meant, Tensor) else meant)
                 result[i] = torch.where(some, difference / (torch.finfo(self.tensors[i].dtype).eps * of), math.inf)
         return result
+
+    def parity(self, plus: Flat, minus: Flat, between: Flat | None) -> Tensor:
+        """(‖g₊ + g₋ − 2g₀‖², ‖g₊ − g₋‖², ‖g₊‖²), the first NaN where nothing is known between the two."""
+        squares = []
+        for group in range(len(self.groups) if plus.vectors is not None and minus.vectors is not None else 0):
+            p, m = exactly(plus.vectors[group]), exactly(minus.vectors[group])
+            even = p + m if between is None or between.vectors is None else (p + m).sub_(between.vectors[group], alpha=2)
+            squares.append(torch.stack(torch._foreach_norm([even, p - m, p])).square())
+        if not squares:
+            return torch.zeros(3, device=self.tensors[0].device)
+        total = squares[0]
+        for more in squares[1:]:
+            total = total + more.to(total.device)
+        return total if between is not None else torch.cat([torch.full_like(total[:1], math.nan), total[1:]])
 
     def add(self, a: Flat, b: Flat) -> Flat:
         if a.vectors is None or b.vectors is None:

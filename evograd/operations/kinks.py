@@ -51,6 +51,16 @@ class Kinks:
         self._choices: list[tuple] = []  # (operation, shapes of its tensors, choice)
         self._recorded = False
 
+    @property
+    def recorded(self) -> bool:
+        """Whether a pass is held."""
+        return self._recorded
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a pass is still to be recorded."""
+        return not self._recorded
+
     def shared(self) -> AbstractContextManager:
         """A block whose pass is recorded if it is the first one, and takes the recorded choices otherwise."""
         return self.replay() if self._recorded else self.record()
@@ -83,6 +93,8 @@ class Kinks:
 
 class OwnKinks:
     """In the place of `Kinks`: every pass makes its own choices."""
+
+    wanted = False
 
     def shared(self) -> AbstractContextManager:
         return nullcontext()

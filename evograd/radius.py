@@ -1,0 +1,89 @@
+"""How far a pair of candidates stands from θ: a radius that finds itself.
+
+The gradients of the pair and the one between them tell it: e = ‖g₊ + g₋ − 2g₀‖ / ‖g₊ − g₋‖, the even part over the odd one. Where
+curvature rules, e grows in proportion to the radius, and the central difference is off by about e². Where rounding rules, e falls
+as the radius grows, and the difference is off by about e/2. At e ≈ 2.5 ε^(1/3) both are small.
+"""
+
+from __future__ import annotations
+
+import math
+
+RETAKES = 2  # of a pair, within one call
+WIDEST = 100  # times its start, up to which a radius is raised
+
+
+def start(eps: float) -> float:
+    """Of the radius, over the scale of θ (see `evograd.guided.scale`): 1e-3 in float32. eps: resolution of the losses."""
+    return 0.2 * eps ** (1 / 3)
+
+
+def target(eps: float) -> float:
+    """Of e: 1e-2 in float32, 1.5e-5 in float64."""
+    return 2.5 * eps ** (1 / 3)
+
+
+def apart_enough(eps: float) -> float:
+    """By so many eps the pair's gradients are to differ: 200 in float32."""
+    return target(eps) ** -1.2
+
+
+def rounding_rules(curvature: float, apart: float, eps: float) -> bool:
+    """e times the number of eps that the two differ by is of order 1 to 100 where e is rounding, and far more where it is not."""
+    return not curvature * apart > 0.2 / math.sqrt(eps)
+
+
+def is_found(curvature: float, apart: float, eps: float) -> bool:
+    """Whether a pair is near its best. curvature: e, NaN where there is no gradient between the two.  apart: in eps."""
+    return apart >= apart_enough(eps) and not curvature > 2 * target(eps)
+
+
+def better(relative: float, curvature: float, apart: float, eps: float) -> float:
+    """The radius that a pair suggests which has not found it."""
+    enough = 3 * apart_enough(eps)
+    if apart < enough / 3:
+        return _raised(relative, enough / max(apart, enough / 1e4), eps)
+    if rounding_rules(curvature, apart, eps):
+        return _raised(relative, min(curvature / target(eps), 100.0), eps)
+    return relative * max(target(eps) / curvature, 1e-4)
+
+
+def _raised(relative: float, factor: float, eps: float) -> float:
+    return max(relative, min(relative * factor, WIDEST * start(eps)))
+
+
+class Radius:
+    """The radius of `evograd.guided`, carried from one call to the next: in a loop no pair is taken twice then.
+
+        radius = evograd.Radius()
+        for …:
+            result = evograd.guided(…, radius=radius)
+
+    Each call begins at what the last one has found. One object serves one problem, or one loop; a checkpoint keeps its `state_dict`.
+
+    value: over the scale of θ. Default: where calls without a Radius begin.
+    retakes: how many pairs were taken again.
+    """
+
+    def __init__(self, value: float | None = None):
+        self.value, self.retakes = value, 0
+
+    def follow(self, relative: float, curvature: float, apart: float, eps: float) -> None:
+        """What the next call begins at, after one whose pair was `relative`: nearer to the best, by a factor of two at most."""
+        if math.isnan(curvature):
+            self.value = relative
+        elif rounding_rules(curvature, apart, eps):
+            self.value = _raised(relative, 2.0, eps)
+        elif curvature > target(eps):
+            self.value = relative * max(target(eps) / curvature, 0.5)
+        else:
+            self.value = _raised(relative, min(target(eps) / curvature, 2.0), eps)
+
+    def state_dict(self) -> dict:
+        return {"value": self.value, "retakes": self.retakes}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value, self.retakes = state["value"], state["retakes"]
+
+    def __repr__(self) -> str:
+        return f"Radius({self.value})"
