@@ -174,7 +174,8 @@ class Trainer:
 
         batch: (seen, unseen, images, classes), episodes (n_way, n_shot + n_query, 3, size, size) and those of the auxiliary loss.
         """
-        (own_seen, own_unseen, images, classes), (seen, unseen, *_) = self.processes.divide(batch, self.args.share, self.part)
+        own, whole = self.processes.divide(batch, self.args.share, self.part)
+        (own_seen, own_unseen, images, classes), (seen, unseen, *_) = own, whole
         own_loss, _ = self.losses(own_seen, own_unseen)
         before = self.meta.remember(self.episodic.items())
         draw = self.draws.getrandbits(62)
@@ -182,7 +183,8 @@ class Trainer:
         torch.manual_seed(draw)
         self.optimizer.zero_grad()
         with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.args.amp):
-            loss = own_loss(self.ordinary)
+            with self.meta.pattern(own is whole):
+                loss = own_loss(self.ordinary)
             self.model.encoder.eval()  # the auxiliary loss sees no transformations, and leaves BatchNorm's statistics alone
             total = loss + auxiliary_weight * F.cross_entropy(self.ordinary(images), classes)
         total.backward()

@@ -42,7 +42,7 @@ class Stream:
 
     def taken(self, loss: Tensor) -> Tensor:
         """A candidate's loss, after what is wanted of its graph was taken."""
-        self.partials.append(self.problem.lam.flat(partial(loss, self.problem.hyperparameters)))
+        self.partials.append(self.problem.lam.flat(partial(loss, self.problem.hyperparameters, self.problem.keeps)))
         return loss.detach()
 
     @contextmanager

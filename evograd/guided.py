@@ -26,7 +26,7 @@ from .host.vectors import Position, Vector, norm
 from .operations.kinks import Kinks, OwnKinks
 from .radius import RETAKES, Radius, better, is_found, start
 
-STRATEGIES = ("stream", "in_place")
+STRATEGIES = ("stream", "in_place", "retain")
 
 
 @estimator
@@ -67,7 +67,8 @@ def guided(
         share_kinks: False lets each candidate make its own choices, see `evograd.operations.kinks`.
         kinks: the pattern of θ, recorded around a pass of the same train_loss there (that of the training step, say), where
             lookahead is not "sgd". Default: one more pass of train_loss, without a graph for θ; "sgd" has it for nothing.
-        strategy: "stream" or "in_place", as in `evograd.hypergradient`.
+        strategy: "stream" or "in_place", as in `evograd.hypergradient`; "retain" keeps graphs, where λ's graph begins outside of
+            train_loss and both candidates go back into it.
         group, share: a process group, each of whose processes has closures that are means over its own part of the batch
             (share="batch", the only one there is). G is averaged, as gradients are in training. Default: this process alone, or,
             with a sharded model, the processes that hold its shards.
@@ -83,7 +84,7 @@ def guided(
     hand it to all of them (the input of label noise's weight net, that of MetaXL's transformation).
     """
     _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy)
-    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy))
+    problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy), strategy == "retain")
     check_differences(problem.theta)
     processes.check(problem, group, share)
     processes.check_batch(problem, group, share)
@@ -140,7 +141,7 @@ class AtTheta:
         if self.known is None and self.kinks.wanted:
             with self.occasions.of(0, again=True), problem.at([problem.theta]), self.kinks.shared():
                 loss = problem.evaluate(problem.train_loss)
-                self.known = problem.lam.flat(partial(loss, problem.hyperparameters))
+                self.known = problem.lam.flat(partial(loss, problem.hyperparameters, problem.keeps))
 
 
 def pairs(
@@ -294,5 +295,5 @@ def _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy) -> None:
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(
             f"strategy={strategy!r} is not for a pair, whose candidates run one after the other with the pattern of θ; accepted "
-            f"are {' and '.join(map(repr, STRATEGIES))}"
+            f"are {', '.join(map(repr, STRATEGIES))}"
         )

@@ -163,16 +163,18 @@ class Trainer:
 
     def step(self):
         """One update of the weight net (if it is its turn) and one of the model. Returns the training loss."""
-        (x, y, *_), batch = self.batch()
+        own, batch = self.batch()
+        x, y, *_ = own
         meta_turn = self.meta.learns and self.n_steps % self.args.meta_every == 0
         if meta_turn and not self.meta.around:  # the paper's order
             self.meta_step(batch)
 
         before = self.meta.remember(self.model.named_parameters()) if meta_turn else None
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
-            logits = self.ordinary(x)
-        losses = F.cross_entropy(logits.float(), y, reduction="none")
-        loss = self.weighted_mean(losses, losses, lambda weights: self.processes.mean(weights.sum()))
+        with self.meta.pattern(meta_turn and own is batch):
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
+                logits = self.ordinary(x)
+            losses = F.cross_entropy(logits.float(), y, reduction="none")
+            loss = self.weighted_mean(losses, losses, lambda weights: self.processes.mean(weights.sum()))
         loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()  # their memory is free for the candidates

@@ -161,7 +161,8 @@ class Trainer:
         held = self.rtn_inputs(step.source) if self.meta.holds and own is not step else None
         seen = [] if self.meta.holds and own is step else None  # by the RTNs: the pass of this step shows it for nothing
 
-        loss = self.backward(own, seen)
+        with self.meta.pattern(own is step and self.args.accumulate == 1 and not self.perturbed):
+            loss = self.backward(own, seen)
         torch.nn.utils.clip_grad_norm_(self.theta, 10.0)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -97,8 +97,9 @@ class Trainer:
         train_loss, val_loss = self.losses(*batch)
         before = self.meta.remember(self.model.named_parameters())
 
-        loss = own_loss(self.ordinary)
-        loss.backward(inputs=list(self.model.parameters()))
+        with self.meta.pattern(own is batch):
+            loss = own_loss(self.ordinary)
+            loss.backward(inputs=list(self.model.parameters()))
         self.optimizer.step()
         self.optimizer.zero_grad()  # their memory is free for the candidates
 

@@ -647,7 +647,7 @@ def test_what_crosses_the_network(seen):
     n_hyperparameters = D + 1 + D
     last = 8 * (4 + 1 + n_hyperparameters)
     assert seen[0]["bytes", "odd"] == [8 * 5, 8 * 5, last]
-    assert seen[0]["bytes", "guided"] == [8 * 2, 8 * 2, last]  # the norms of G and θ, and the losses
+    assert seen[0]["bytes", "guided"] == [8 * 3, 8 * 2, 8 * 3, last]  # ‖G‖ and the scale of θ, losses, what the radius is judged by
 
 
 def test_no_trace_in_training(seen, float64):

@@ -51,8 +51,8 @@ class Gathering:
                     self._hand_over(b)
 
 
-def partial(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """∂loss/∂input for each input; None where loss does not depend on it."""
+def partial(loss: Tensor, inputs: Sequence[Tensor], keep: bool = False) -> list[Tensor | None]:
+    """∂loss/∂input for each input; None where loss does not depend on it. keep: its graph, which other losses share."""
     if not loss.requires_grad:
         return [None] * len(inputs)
-    return list(torch.autograd.grad(loss, inputs, allow_unused=True))
+    return list(torch.autograd.grad(loss, inputs, retain_graph=keep or None, allow_unused=True))

@@ -34,6 +34,7 @@ class Problem:
 
     in_place: other parameters are written into the model's own, see `InPlace`, and `theta` has copies of these within
     `undisturbed`. None: where the model is sharded, and `theta` has this process's shards. False: such a model is refused.
+    keeps: graphs, of which losses may have a part in common.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Problem:
         hyperparameters: Sequence[Tensor],
         parameters: Parameters,
         in_place: bool | None = False,
+        keeps: bool = False,
     ):
         checks.check_closures(train_loss, val_loss, model)
-        self.train_loss, self.val_loss, self.model = train_loss, val_loss, model
+        self.train_loss, self.val_loss, self.model, self.keeps = train_loss, val_loss, model, keeps
         self.hyperparameters = checks.checked_hyperparameters(hyperparameters)
         self.sharding = Sharding.of(model)
         self.slots = Slots(model)
@@ -158,7 +160,7 @@ class Problem:
                 grads = self.sharding.backward(value, self.hyperparameters)
             else:
                 with Gathering(self.layout, leaves, take) if len(self.layout.buckets) > 1 else nullcontext():
-                    grads = partial(value, [*self.hyperparameters, *leaves.values()])
+                    grads = partial(value, [*self.hyperparameters, *leaves.values()], self.keeps)
         if self.sharding:
             for b, bucket in enumerate(self.layout.buckets):
                 own = [self.own[name] for name in bucket.names]

@@ -13,7 +13,8 @@ given; `MetaStep` is a method with the settings of a run, to be called in the sc
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,6 +28,8 @@ from ..host.problem import at
 from ..host.result import Hypergradient
 from ..hypergradient import hypergradient
 from ..mixed_mode import mixed_mode
+from ..operations.kinks import Kinks
+from ..radius import Radius
 from .processes import ALONE, Processes
 from .quality import QualityLog
 
@@ -155,12 +158,15 @@ class MetaStep:
         self.holds = method.holds is not None and getattr(args, method.holds) == "model"
         self.around = method.around or ("before" if self.holds else None)
         self.quality, self.n_calls = QualityLog(args.seed), 0
+        self.radius, self.kinks = Radius(), None  # of guided: what its calls carry over, and the pattern of the step that was made
         self.estimator = self._estimator() if self.learns else None
 
     def _estimator(self) -> Callable[..., Hypergradient]:
         estimator = self.method.estimator
         given = {name: getattr(self.args, name) for name in estimator.reads if name != "share"}
         settings = {estimator.keywords.get(name, name): value for name, value in given.items() if value is not None}
+        if estimator.function is guided:
+            settings.setdefault("radius", self.radius)
         if self.args.share:
             settings |= dict(group=self.processes.group, share=self.args.share)
         function = partial(estimator.function, **settings)
@@ -175,16 +181,29 @@ class MetaStep:
         """Copies of the parameters before the model's update, if the next call wants them."""
         return {name: p.detach().clone() for name, p in parameters} if self.around or self.compares else None
 
+    @contextmanager
+    def pattern(self, same_batch: bool) -> Iterator[None]:
+        """The pass of a step whose activation pattern guided candidates take, if it is over the batch that the estimator sees."""
+        if not (same_batch and self.learns and self.around == "step" and self.method.estimator.function is guided):
+            yield
+            return
+        kinks = Kinks()
+        with kinks.record():
+            yield
+        self.kinks = kinks
+
     def metrics(self) -> dict:
         """What was compared, for the record of the run."""
         return self.quality.metrics() if self.args.log_quality else {}
 
     def state_dict(self) -> dict:
-        return {**self.quality.state_dict(), "n_calls": self.n_calls}
+        return {**self.quality.state_dict(), "n_calls": self.n_calls, "radius": self.radius.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.quality.load_state_dict(state)
         self.n_calls = state["n_calls"]
+        if "radius" in state:
+            self.radius.load_state_dict(state["radius"])
 
     def __call__(
         self,
@@ -219,6 +238,8 @@ class MetaStep:
             settings["lookahead"] = {name: own[name] for name in before}
         if lr is not None and self.args.inner_lr is None and "inner_lr" in self.method.reads:
             settings |= {} if self.method.estimator.own_scale else {"inner_lr": lr}
+        if self.kinks is not None:
+            settings["kinks"], self.kinks = self.kinks, None
         self.n_calls += 1
         closure = _holding(train_loss, held) if self.holds else train_loss
         return self.estimator(closure, val_loss, model, hyperparameters, **settings)
