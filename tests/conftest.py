@@ -1,7 +1,11 @@
 """Tests run on the CPU, in one thread each, and leave torch's defaults as they found them."""
 
-import pytest
-import torch
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: more than one only wait for each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

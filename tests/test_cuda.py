@@ -35,6 +35,7 @@ from evograd.lab.methods import MetaStep
 from evograd.lab.quality import QualityLog
 from label_noise_mwn.data import Split
 from tests.pretended_cuda import pretended_cuda
+from tests.test_checkpoints import fewer
 from tests.test_cross_domain_fewshot import FILES, write_domain
 
 CUDA = torch.device("cuda")
@@ -75,11 +76,6 @@ OUTSIDE = {
     "metaxl/train.py gates": 2,
     "metaxl/train.py describe": 2,
 }
-
-
-def fewer(estimates):
-    """Without those of many candidates, which only take longer."""
-    return {name: estimate for name, estimate in estimates.items() if "_k10" not in name and "_k50" not in name}
 
 
 def check(events, allowed):
