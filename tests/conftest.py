@@ -20,6 +20,18 @@ def _seeded():
 
 
 @pytest.fixture
+def fewer_estimates(monkeypatch):
+    """What --log-quality compares, without the estimates of many candidates, which only take longer."""
+    from evograd.lab.methods import MetaStep
+    from evograd.lab.quality import QualityLog
+
+    few = lambda estimates: {name: e for name, e in estimates.items() if "_k10" not in name and "_k50" not in name}
+    add, all_of = QualityLog.add, MetaStep.estimates
+    monkeypatch.setattr(QualityLog, "add", lambda log, step, estimates, device: add(log, step, few(estimates), device))
+    monkeypatch.setattr(MetaStep, "estimates", lambda *problem, **settings: few(all_of(*problem, **settings)))
+
+
+@pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
     yield

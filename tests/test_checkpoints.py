@@ -13,7 +13,6 @@ import torch
 
 from evograd.lab import checkpoints
 from evograd.lab.data import batches
-from evograd.lab.quality import QualityLog
 from evograd.lab.records import append_run
 from evograd.measuring import Cost
 from tests import forked
@@ -102,11 +101,7 @@ def kill(trainer):
 # --- bit for bit ---------------------------------------------------------------------------------------------------------
 
 
-def fewer(estimates):
-    """Without those of many candidates, which only take longer."""
-    return {name: estimate for name, estimate in estimates.items() if "_k10" not in name and "_k50" not in name}
-
-
+@pytest.mark.usefixtures("fewer_estimates")
 @pytest.mark.parametrize(
     ("experiment", "extra"),
     [
@@ -118,10 +113,8 @@ def fewer(estimates):
         ("metaxl", ["--method", "target_only"]),
     ],
 )
-def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, extra, tmp_path, at_step, monkeypatch, capsys):
+def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, extra, tmp_path, at_step, capsys):
     main, draw = module(experiment).main, random.Random(f"{experiment} {extra}")
-    add = QualityLog.add
-    monkeypatch.setattr(QualityLog, "add", lambda log, step, estimates, device: add(log, step, fewer(estimates), device))
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
 

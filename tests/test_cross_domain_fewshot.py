@@ -371,8 +371,9 @@ def test_an_encoder_that_is_stopped_and_resumed_is_the_same(tmp_path, monkeypatc
     assert "stopped.pt is this encoder: nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("fewer_estimates")
 def test_quality_is_logged(trained, tmp_path):
-    plain, logged = run(tmp_path, "mixed_mode"), run(tmp_path, "mixed_mode", "--log-quality", "3")
+    plain, logged = trained[1]["mixed_mode"], run(tmp_path, "mixed_mode", "--log-quality", "3")
     assert logged["metrics"]["accuracy"] == plain["metrics"]["accuracy"] and logged["config"] == plain["config"]
     assert logged["metrics"]["cosine"]["mixed_sgd"] > 0.999
     assert logged["metrics"]["cosine"]["guided_made"] > logged["metrics"]["cosine"]["evograd_k2"]

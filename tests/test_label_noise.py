@@ -342,6 +342,7 @@ def test_meta_every(monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.usefixtures("fewer_estimates")
 def test_quality_of_estimates():
     """Mixed mode at T1-T2's own lookahead is T1-T2; the log disturbs neither the run nor its random numbers."""
     plain, logged = trainer("evograd"), trainer("evograd", "--log-quality", "2")
