@@ -1,5 +1,6 @@
 """Tests run on the CPU, in one thread each, and leave torch's defaults as they found them."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too: more than one only wait for each other
@@ -10,6 +11,12 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 # For each kind of device that is not there torch.manual_seed takes note of the whole stack.
 seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
+def pytest_collection_finish():
+    """What all the modules hold is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ def as_main(arguments, folder, environment, ends):
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    flag, *sys.argv = arguments
+    flag, *sys.argv = arguments[arguments[0] == "-u" :]  # torchrun's: not buffered
     assert flag in ("-m", "-c"), arguments
     if flag == "-c":
         sys.modules["__main__"] = main = types.ModuleType("__main__")

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +16,7 @@ from torch import nn
 
 from evograd.lab import checkpoints, processes
 from label_noise_mwn.data import load, make_task
-from tests.forked import run
+from tests.forked import python, run
 from tests.test_checkpoints import TINY, assert_equal, without_cost
 from tests.test_metaxl import step as metaxl_step
 from tests.test_metaxl import tagger
@@ -356,8 +355,10 @@ def test_what_cannot_be_divided(experiment, extra, words, tmp_path, monkeypatch,
 
 def test_torchrun(tmp_path):
     """The real one, once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rotation.train"]
-    done = subprocess.run([*command, *arguments("rotation", tmp_path, "--epochs", "1")], capture_output=True, text=True, timeout=120)
+    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rotation.train"]
+    command += arguments("rotation", tmp_path)
+    environment = {**os.environ, "PYTHON_EXEC": python()}  # which it starts the processes with
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert only_line(tmp_path)["config"]["processes"] == 2
     assert done.stdout.count("rotation digits evograd seed 1") == 1
