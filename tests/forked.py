@@ -23,10 +23,10 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    "torch._dynamo torch._decomp.decompositions_for_jvp torch.utils.flop_counter torch.distributed.fsdp torch.distributed.tensor torch.distributed.checkpoint "
-    "higher sklearn.datasets transformers.models.xlm_roberta.modeling_xlm_roberta seqeval.metrics cross_domain_fewshot.train "
-    "label_noise_mwn.train metaxl.train rotation.train resources.examples.data_mixture tests.drawn tests.test_torchrun "
-    "tests.test_sharded tests.test_matrix".split()
+    "torch._dynamo torch._decomp.decompositions_for_jvp torch.utils.flop_counter torch.distributed.fsdp "
+    "torch.distributed.checkpoint higher sklearn.datasets transformers.models.xlm_roberta.modeling_xlm_roberta seqeval.metrics "
+    "cross_domain_fewshot.train label_noise_mwn.train metaxl.train rotation.train resources.examples.data_mixture tests.drawn "
+    "tests.test_torchrun tests.test_sharded tests.test_matrix".split()
 )
 
 
@@ -92,7 +92,7 @@ def as_main(arguments, folder, environment, ends):
     """What `python -m module …` or `python -c code …` does, there and so."""
     for number, end in enumerate(ends, 1):
         os.dup2(end.fileno(), number)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -123,7 +123,7 @@ def answer(connection):
 
 @functools.cache
 def python():
-    """The path of a Python that knows -m and -c alone, to be PYTHON of a shell script: each call of it is a fork of the server."""
+    """The path of a Python that knows -m and -c alone, for PYTHON of a shell script: each call of it forks the server."""
     server()
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
