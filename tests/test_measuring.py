@@ -124,9 +124,9 @@ def test_resnet18_stream_needs_one_copy_of_the_parameters():
 
 
 def test_mixed_mode_needs_two_copies_of_the_parameters():
-    """ResNet-14, batch 100, a weight net behind the loss."""
+    """ResNet-32, batch 100, a weight net behind the loss."""
     with FakeTensorMode():
-        model = resnet(14, 10)
+        model = resnet(32, 10)
         named = steps(model, size=32, batch=100)
         plain = peak_bytes(named["plain"])
         assert peak_bytes(named["mixed_mode"]) <= plain + 2.2 * parameter_bytes(model)
