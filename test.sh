@@ -5,5 +5,6 @@ cd "$(dirname "$0")"
 source resources/setup_venv.sh
 
 setup_venv pytest pytest-xdist hypothesis peft
-echo "== tests: about eight minutes on two cores"
-exec "$PYTHON" -m pytest -n auto --maxprocesses 4 "$@"
+echo "== tests: about four minutes on two cores"
+# By file: what a module's tests share is made once, not in each process.
+exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

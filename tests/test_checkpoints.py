@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,8 +13,9 @@ import torch
 
 from evograd.lab import checkpoints
 from evograd.lab.data import batches
-from evograd.measuring import Cost
 from evograd.lab.records import append_run
+from evograd.measuring import Cost
+from tests import forked
 
 # The tiniest settings, and how many steps they make.
 TINY = {
@@ -65,6 +65,13 @@ def assert_equal(a, b, where=""):
         assert a == b, where
 
 
+def without_cost(train, set_attribute=setattr):
+    """What a step costs is not measured after the training."""
+    nothing = {"measure": Cost(0.0, 0, 0, 0), "peak_bytes": 0, "flops": 0, "launches": 0}
+    for name in nothing.keys() & vars(train).keys():
+        set_attribute(train, name, lambda *args, value=nothing[name], **settings: value)
+
+
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(experiment, {n: function}): in the run that follows, function(trainer) is called at the end of the n-th step."""
@@ -81,10 +88,7 @@ def at_step(monkeypatch):
             return value
 
         monkeypatch.setattr(train.Trainer, "step", patched)
-        # what a step costs, after the training
-        monkeypatch.setattr(train, "measure", lambda *args, **settings: Cost(0.0, 0, 0, 0), raising=False)
-        for name in ("peak_bytes", "flops", "launches"):
-            monkeypatch.setattr(train, name, lambda *args: 0, raising=False)
+        without_cost(train, monkeypatch.setattr)
 
     original = {}
     return patch
@@ -97,6 +101,7 @@ def kill(trainer):
 # --- bit for bit ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fewer_estimates")
 @pytest.mark.parametrize(
     ("experiment", "extra"),
     [
@@ -134,9 +139,14 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, e
     assert_equal(content, whole)
 
 
-def run_in_child(context, folder, *extra):
-    train = arguments("rotation", folder, "--epochs", "4", *extra)
-    process = context.Process(target=module("rotation").main, args=(train,))
+def main_without_cost(arguments):
+    without_cost(module("rotation"))
+    module("rotation").main(arguments)
+
+
+def run_in_child(folder, *extra):
+    train = arguments("rotation", folder, "--batch-size", "64", *extra)
+    process = forked.CONTEXT.Process(target=main_without_cost, args=(train,))
     process.start()
     return process
 
@@ -152,25 +162,22 @@ def changes(path, n, process):
         time.sleep(0.001)
 
 
-def test_a_run_that_is_killed_five_times_ends_as_one_that_is_not(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")  # so that torch is imported once for all of them
-    context.set_forkserver_preload(["rotation.train", "sklearn.datasets", "torch._dynamo"])
+def test_a_run_that_is_killed_five_times_ends_as_one_that_is_not(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = run_in_child(context, tmp_path / "whole")
+    whole = run_in_child(tmp_path / "whole")
     draw, file = random.Random(), tmp_path / "killed" / "run.pt"
     steps = []
     for _ in range(5):
-        process = run_in_child(context, tmp_path / "killed", "--checkpoint-every", "1", "--resume")
+        process = run_in_child(tmp_path / "killed", "--checkpoint-every", "1", "--resume")
         changes(file, draw.randint(1, 4), process)
         time.sleep(draw.uniform(0, 0.03))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         steps.append(checkpoints.load(file)["step"])  # whole, wherever the kill fell
-    assert steps == sorted(steps) and 0 < steps[-1] < 28
-    for process in (run_in_child(context, tmp_path / "killed", "--checkpoint-every", "1", "--resume"), whole):
+    assert steps == sorted(steps) and 0 < steps[-1] < 30
+    for process in (run_in_child(tmp_path / "killed", "--checkpoint-every", "1", "--resume"), whole):
         process.join()
         assert process.exitcode == 0
     metrics, content = result(tmp_path / "killed")

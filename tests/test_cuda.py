@@ -31,8 +31,6 @@ from cross_domain_fewshot import data as fewshot_data
 from cross_domain_fewshot import evaluate, models, pretrain, quality
 from evograd import baselines
 from evograd.lab.checkpoints import Keeper
-from evograd.lab.methods import MetaStep
-from evograd.lab.quality import QualityLog
 from label_noise_mwn.data import Split
 from tests.pretended_cuda import pretended_cuda
 from tests.test_cross_domain_fewshot import FILES, write_domain
@@ -75,11 +73,6 @@ OUTSIDE = {
     "metaxl/train.py gates": 2,
     "metaxl/train.py describe": 2,
 }
-
-
-def fewer(estimates):
-    """Without those of many candidates, which only take longer."""
-    return {name: estimate for name, estimate in estimates.items() if "_k10" not in name and "_k50" not in name}
 
 
 def check(events, allowed):
@@ -180,6 +173,7 @@ def test_every_backbone(backbone, run, monkeypatch):
     run(fewshot, "evograd_guided", "--backbone", backbone, "--head", head)
 
 
+@pytest.mark.usefixtures("fewer_estimates")
 @pytest.mark.parametrize(
     ("script", "method", "flags"),
     [
@@ -191,10 +185,8 @@ def test_every_backbone(backbone, run, monkeypatch):
     ids=NAMES,
 )
 def test_quality_logging_mixed_precision_and_cost(script, method, flags, run):
-    add = QualityLog.add
-    with mock.patch.object(QualityLog, "add", lambda log, step, estimates, device: add(log, step, fewer(estimates), device)):
-        flags = [*flags.split(), "--log-quality", "100"]
-        record = run(script, method, *flags, in_a_step=WITH_QUALITY, cost=script is not crosslingual)
+    flags = [*flags.split(), "--log-quality", "100"]
+    record = run(script, method, *flags, in_a_step=WITH_QUALITY, cost=script is not crosslingual)
     assert record["metrics"]["cosine"]["mixed_sgd"] > 0.99
     assert record["cost"]["seconds"] > 0
 
@@ -219,6 +211,7 @@ def test_images_of_files(run, tmp_path, capsys):
     run(fewshot, "evograd_guided", *flags)
 
 
+@pytest.mark.usefixtures("fewer_estimates")
 def test_few_shot_scripts_around_the_training(run, tmp_path, capsys):
     """An encoder, a model that starts from it, its tests, and the quality of its hypergradients."""
     encoder, model = str(tmp_path / "encoder.pt"), str(tmp_path / "model.pt")
@@ -232,9 +225,7 @@ def test_few_shot_scripts_around_the_training(run, tmp_path, capsys):
     with pretended_cuda() as cuda:
         evaluate.main([model, "--domain", "serif", "--episodes", "4", *on_cuda, str(tmp_path / "tests.jsonl")])
     check(cuda.events, OUTSIDE | {"cross_domain_fewshot/evaluate.py load_model": 100})
-    estimates = MetaStep.estimates
-    few = mock.patch.object(MetaStep, "estimates", lambda *problem, **settings: fewer(estimates(*problem, **settings)))
-    with few, pretended_cuda():
+    with pretended_cuda():
         quality.main([model, "--steps", "2", *on_cuda, str(tmp_path / "quality.jsonl")])
 
 

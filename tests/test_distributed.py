@@ -1,7 +1,6 @@
 """Real gloo processes share out a hypergradient: the same result as one process, little on the wire, nobody left waiting."""
 
 import contextlib
-import multiprocessing
 import os
 import time
 from datetime import timedelta
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import evograd
 from label_noise_mwn.models import resnet, weight_net
 
+from .forked import CONTEXT, server
 from .problems import bilevel
 from .problems import estimate as by_noise
 
@@ -201,8 +201,8 @@ def process(rank, folder):
 def seen(tmp_path_factory):
     """What each of the four processes saw."""
     folder = tmp_path_factory.mktemp("gloo")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=process, args=(rank, folder)) for rank in range(4)]
+    server()
+    processes = [CONTEXT.Process(target=process, args=(rank, folder)) for rank in range(4)]
     [p.start() for p in processes]
     end = time.monotonic() + 180
     [p.join(max(0, end - time.monotonic())) for p in processes]

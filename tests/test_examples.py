@@ -1,18 +1,20 @@
 """The worked examples at reduced size: what they print holds, and what they learn is right."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from resources.examples import augmentation, data_mixture, loss_weights
+from tests.forked import run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+SMALL = dict(LENGTH=24, BATCH=12, VAL_BATCH=12)  # of data_mixture
 
 
 def records(main, steps, tmp_path):
@@ -32,10 +34,9 @@ def texts():
 
 
 def test_data_mixture(texts, tmp_path, monkeypatch):
-    small = dict(LENGTH=32, BATCH=12, VAL_BATCH=12, META_EVERY=2, META_LR=0.2, sources=lambda: texts)
-    for name, value in small.items():
+    for name, value in dict(SMALL, META_EVERY=2, META_LR=0.3, sources=lambda: texts).items():
         monkeypatch.setattr(data_mixture, name, value)
-    runs = records(data_mixture.main, 250, tmp_path)
+    runs = records(data_mixture.main, 150, tmp_path)
     assert tuple(runs) == data_mixture.METHODS
     weights, losses = values(runs, "weights"), values(runs, "test_loss")
     assert weights["learned"] == weights["sampled as learned"]
@@ -69,21 +70,26 @@ def test_sampling_follows_the_shares():
     assert (counts / counts.sum()).tolist() == pytest.approx(shares.tolist(), abs=0.01)
 
 
+def sharded(rank, texts, out):
+    """The example's part of one process, in texts that were read once."""
+    vars(data_mixture).update(SMALL, sources=lambda: torch.load(texts))
+    data_mixture.main(["--fsdp", "--steps", "9", "--seed", "1", "--out", str(out)])
+
+
 def test_data_mixture_sharded_is_that_of_one_process(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_mixture, "sources", lambda: texts)
+    for name, value in dict(SMALL, sources=lambda: texts).items():
+        monkeypatch.setattr(data_mixture, name, value)
     alone = records(data_mixture.main, 9, tmp_path)
     out = tmp_path / "sharded.jsonl"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "resources.examples.data_mixture", "--fsdp", "--steps", "9", "--seed", "1", "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    sharded = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert [run["config"]["processes"] for run in sharded] == [2, 2, 2]
-    for run in sharded:
-        own = alone[run["config"]["method"]]["metrics"]
-        assert run["metrics"]["test_loss"] == pytest.approx(own["test_loss"], rel=1e-3)
-        assert run["metrics"]["weights"] == pytest.approx(own["weights"], rel=1e-3)
+    torch.save(texts, tmp_path / "texts.pt")
+    found = run(tmp_path, sharded, tmp_path / "texts.pt", out)
+    assert [f["code"] for f in found] == [0, 0], found[0]["err"]
+    sharded_runs = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [one["config"]["processes"] for one in sharded_runs] == [2, 2, 2]
+    for one in sharded_runs:
+        own = alone[one["config"]["method"]]["metrics"]
+        assert one["metrics"]["test_loss"] == pytest.approx(own["test_loss"], rel=1e-3)
+        assert one["metrics"]["weights"] == pytest.approx(own["weights"], rel=1e-3)
 
 
 def test_loss_weights(tmp_path):

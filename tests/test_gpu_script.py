@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from evograd.lab import cli
+from tests.forked import python
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ("rotation", "label_noise_mwn", "cross_domain_fewshot", "metaxl")
@@ -67,7 +68,7 @@ def test_the_papers_cost_figures_are_a_part():
 
 def test_a_part_is_done_once(tmp_path):
     flags = ("--device", "cpu", "--tiny", "--results", tmp_path, "--only", "rotation.train --method baseline")
-    first, second = call(*flags), call(*flags)
+    first, second = call(*flags, PYTHON=python()), call(*flags, PYTHON=python())
     assert first.returncode == second.returncode == 0, first.stderr
     assert "nothing is left" in first.stdout and "rotation.train" in first.stdout
     assert second.stdout == "gpu.sh: nothing is left\n"

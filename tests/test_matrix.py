@@ -7,7 +7,6 @@ softmax, with the same noise.
 """
 
 import contextlib
-import multiprocessing
 import re
 import sys
 import time
@@ -33,6 +32,7 @@ from evograd.noise import SeededNoise
 from evograd.host.sharded import local
 
 from . import test_precision as precision
+from .forked import CONTEXT, server
 from .problems import Bilevel, C, D, N, bilevel, mlp
 from .reference import evograd_reference, second_order_reference
 from .test_sharded import Given, fully_shard
@@ -387,8 +387,8 @@ def process(rank, folder):
 def seen(tmp_path_factory):
     """What each process saw."""
     folder = tmp_path_factory.mktemp("matrix")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=process, args=(rank, folder)) for rank in range(PROCESSES)]
+    server()
+    processes = [CONTEXT.Process(target=process, args=(rank, folder)) for rank in range(PROCESSES)]
     [p.start() for p in processes]
     end = time.monotonic() + 120
     [p.join(max(0, end - time.monotonic())) for p in processes]

@@ -8,11 +8,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.forked import python
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[a-z]*/README.md"))]
@@ -43,10 +44,11 @@ def blocks():
 BLOCKS = [pytest.param(code, id=f"{name(readme)}:{line}") for readme, line, info, code in blocks() if info == "python"]
 
 
+@cache
 def run(code):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     environment = {key: value for key, value in environment.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([python(), "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_all_readmes_are_looked_at():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from evograd.lab import checkpoints, cli, records
+from tests.forked import python
 from tests.test_checkpoints import arguments, ends
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def test_print_gives_one_command_a_line():
 def test_runs_are_appended(jobs, tmp_path):
     out = tmp_path / "runs.jsonl"
     arguments = ("--epochs", "1", "--device", "cpu", "--out", str(out))
-    done = shell("rotation/run.sh", *arguments, METHODS="baseline evograd", SEEDS="1", JOBS=jobs)
+    done = shell("rotation/run.sh", *arguments, METHODS="baseline evograd", SEEDS="1", JOBS=jobs, PYTHON=python())
     assert done.returncode == 0, done.stderr
     assert "rotation digits evograd seed 1:" in done.stdout
     methods = {json.loads(line)["config"]["method"] for line in out.read_text().splitlines()}
@@ -46,7 +47,7 @@ def test_runs_are_appended(jobs, tmp_path):
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_failed_run_ends_the_script(jobs, tmp_path):
     arguments = ("--epochs", "no", "--out", str(tmp_path / "runs.jsonl"))
-    done = shell("rotation/run.sh", *arguments, METHODS="baseline evograd", SEEDS="1 2", JOBS=jobs)
+    done = shell("rotation/run.sh", *arguments, METHODS="baseline evograd", SEEDS="1 2", JOBS=jobs, PYTHON=python())
     assert done.returncode != 0
     assert "argument --epochs: 'no' given; a number (int) is accepted" in done.stderr
 

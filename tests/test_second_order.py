@@ -151,6 +151,7 @@ def test_finite_difference_equals_the_closed_form():
 
 
 def test_neumann_and_conjugate_gradient_converge_to_the_closed_form():
+    torch.manual_seed(4)  # A of condition 245: the series takes as many terms for each digit
     args, a, g = quadratic_with_derivatives()
     exact = a @ torch.linalg.solve(a, g)
     smallest, *_, largest = torch.linalg.eigvalsh(a).tolist()

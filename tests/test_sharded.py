@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import multiprocessing
 import time
 import weakref
 from datetime import timedelta
@@ -22,6 +21,7 @@ from evograd.baselines import conjugate_gradient, finite_difference, neumann, un
 from evograd.host import vectors
 from evograd.host.sharded import Sharding, is_sharded, local
 
+from .forked import CONTEXT, server
 from .problems import KINDS, bilevel
 from .problems import estimate as by_noise
 from .test_distributed import caught, difference, of_group
@@ -587,8 +587,8 @@ def seen(tmp_path_factory):
     if fully_shard is None:
         pytest.skip(f"torch {torch.__version__} has no torch.distributed.fsdp.fully_shard, and its forerunner none for CPUs")
     folder = tmp_path_factory.mktemp("sharded")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=process, args=(rank, folder)) for rank in range(4)]
+    server()
+    processes = [CONTEXT.Process(target=process, args=(rank, folder)) for rank in range(4)]
     [p.start() for p in processes]
     end = time.monotonic() + 180
     [p.join(max(0, end - time.monotonic())) for p in processes]

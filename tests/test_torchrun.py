@@ -5,12 +5,9 @@ import functools
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
@@ -19,61 +16,14 @@ from torch import nn
 
 from evograd.lab import checkpoints, processes
 from label_noise_mwn.data import load, make_task
-from tests.test_checkpoints import TINY, assert_equal
+from tests.forked import python, run
+from tests.test_checkpoints import TINY, assert_equal, without_cost
 from tests.test_metaxl import step as metaxl_step
 from tests.test_metaxl import tagger
-
-CONTEXT = multiprocessing.get_context("forkserver")  # so that torch is imported once for all of them
-CONTEXT.set_forkserver_preload(["tests.test_torchrun", "sklearn.datasets", "torch._dynamo", "higher", "tests.drawn"])
 
 
 def module(experiment):
     return importlib.import_module(f"{experiment}.train")
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def worker(rank, size, port, folder, job, arguments):
-    """What torchrun would start."""
-    torch.set_num_threads(1)
-    os.environ |= dict(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port)
-    )
-    out, err = io.StringIO(), io.StringIO()
-    code, result = 0, None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            result = job(rank, *arguments)
-        except SystemExit as end:
-            code = end.code
-    torch.save({"code": code, "result": result, "out": out.getvalue(), "err": err.getvalue()}, f"{folder}/{rank}.pt")
-
-
-@functools.cache
-def server():
-    """Started, with all that it preloads, before a clock runs."""
-    process = CONTEXT.Process(target=int)
-    process.start()
-    process.join()
-
-
-def run(folder, job, *arguments, size=2):
-    """What each process returned, printed, and ended with."""
-    server()
-    port = free_port()
-    processes = [CONTEXT.Process(target=worker, args=(rank, size, port, folder, job, arguments)) for rank in range(size)]
-    [p.start() for p in processes]
-    end = time.monotonic() + 60
-    [p.join(max(0, end - time.monotonic())) for p in processes]
-    waiting = [rank for rank, p in enumerate(processes) if p.is_alive()]
-    [p.kill() for p in processes]
-    assert not waiting, "nobody waits for ever"
-    files = [f"{folder}/{rank}.pt" for rank in range(size)]
-    return [torch.load(file, weights_only=False) if os.path.exists(file) else None for file in files]
 
 
 # --- the steps of one process --------------------------------------------------------------------------------------------
@@ -243,6 +193,28 @@ def arguments(experiment, folder, *extra):
     return ["--device", "cpu", *files, *TINY[experiment], *extra]
 
 
+# In a test of one process's signal: three test episodes, of which the second has one; two batches of sentences to evaluate.
+EXTRA = {"cross_domain_fewshot": ["--test-episodes", "3"], "metaxl": ["--dev-size", "40"]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """whole(experiment): the folder of a run in two processes that nothing disturbs, and what each of them printed."""
+
+    @functools.cache
+    def made(experiment):
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, run(folder, script, experiment, arguments(experiment, folder, *EXTRA.get(experiment, [])))
+
+    return made
+
+
+def disturbed(rank, experiment, arguments, trouble=None):
+    """main() without the cost of a step, which `whole` has measured."""
+    without_cost(module(experiment))
+    script(rank, experiment, arguments, trouble)
+
+
 def script(rank, experiment, arguments, trouble=None):
     """main(), with `trouble(rank, number of the step)` after each step."""
     train = module(experiment)
@@ -271,10 +243,10 @@ def only_line(folder):
 
 
 @pytest.mark.parametrize("experiment", TINY)
-def test_scripts_run_and_one_process_writes(experiment, tmp_path):
-    found = run(tmp_path, script, experiment, arguments(experiment, tmp_path))
+def test_scripts_run_and_one_process_writes(experiment, whole):
+    folder, found = whole(experiment)
     assert [f["code"] for f in found] == [0, 0], found[0]["err"] + found[1]["err"]
-    record = only_line(tmp_path)
+    record = only_line(folder)
     assert record["config"]["processes"] == 2 and record["config"]["share"] == "batch"
     assert found[0]["out"] and not found[1]["out"]
     assert "step/s" in found[0]["err"] or "episode/s" in found[0]["err"]
@@ -286,26 +258,25 @@ def signal_second(rank, step):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_to_one_process_ends_all_after_the_same_step_and_they_go_on(tmp_path):
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-    run(tmp_path, script, "rotation", arguments("rotation", tmp_path / "whole"))
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_they_go_on(whole, tmp_path):
+    (tmp_path / "stopped").mkdir()
+    expected, _ = whole("rotation")
     stopped = arguments("rotation", tmp_path / "stopped", "--resume")
-    found = run(tmp_path, script, "rotation", stopped, signal_second)
+    found = run(tmp_path, disturbed, "rotation", stopped, signal_second)
     assert [f["code"] for f in found] == [128 + signal.SIGTERM] * 2
     assert "stopped by SIGTERM after step 5 of 14" in found[0]["err"]
     assert checkpoints.load(tmp_path / "stopped" / "run.pt")["step"] == 5
-    assert [f["code"] for f in run(tmp_path, script, "rotation", stopped)] == [0, 0]
-    assert_equal(content(tmp_path / "stopped"), content(tmp_path / "whole"))
-    assert only_line(tmp_path / "stopped")["metrics"] == only_line(tmp_path / "whole")["metrics"]
+    assert [f["code"] for f in run(tmp_path, disturbed, "rotation", stopped)] == [0, 0]
+    assert_equal(content(tmp_path / "stopped"), content(expected))
+    assert only_line(tmp_path / "stopped")["metrics"] == only_line(expected)["metrics"]
 
     # what was begun by two is not gone on with by one
-    checkpoints.save(tmp_path / "run.pt", {**checkpoints.load(tmp_path / "whole" / "run.pt"), "step": 5})
+    checkpoints.save(tmp_path / "run.pt", {**checkpoints.load(expected / "run.pt"), "step": 5})
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err:
         module("rotation").main(arguments("rotation", tmp_path, "--resume"))
     assert "processes None given, 2 in the checkpoint" in err.getvalue()
     # and a run that has ended does nothing in any process
-    assert [f["code"] for f in run(tmp_path, script, "rotation", stopped)] == [0, 0]
+    assert [f["code"] for f in run(tmp_path, disturbed, "rotation", stopped)] == [0, 0]
     assert only_line(tmp_path / "stopped")
 
 
@@ -320,6 +291,7 @@ def signalled_while_it_evaluates(rank, experiment, arguments):
         look(keeper)
 
     checkpoints.Keeper.look = signalled
+    without_cost(module(experiment))
     try:
         module(experiment).main(arguments)
     finally:
@@ -328,19 +300,17 @@ def signalled_while_it_evaluates(rank, experiment, arguments):
 
 
 @pytest.mark.parametrize("experiment", ["cross_domain_fewshot", "metaxl"])
-def test_a_signal_to_one_process_does_not_wait_for_the_evaluation_of_all(experiment, tmp_path):
-    # three test episodes, of which the second process has one; two batches of sentences to evaluate
-    extra = ["--test-episodes", "3"] if experiment == "cross_domain_fewshot" else ["--dev-size", "40"]
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-    assert [f["code"] for f in run(tmp_path, script, experiment, arguments(experiment, tmp_path / "whole", *extra))] == [0, 0]
-    stopped = arguments(experiment, tmp_path / "stopped", *extra, "--resume")
+def test_a_signal_to_one_process_does_not_wait_for_the_evaluation_of_all(experiment, whole, tmp_path):
+    (tmp_path / "stopped").mkdir()
+    expected, undisturbed = whole(experiment)
+    assert [f["code"] for f in undisturbed] == [0, 0]
+    stopped = arguments(experiment, tmp_path / "stopped", *EXTRA[experiment], "--resume")
     found = run(tmp_path, signalled_while_it_evaluates, experiment, stopped)
     assert [f["code"] for f in found] == [128 + signal.SIGTERM] * 2, found[0]["err"] + found[1]["err"]
     assert "stopped by SIGTERM in the evaluation after step" in found[0]["err"] and "stopped by" not in found[1]["err"]
     assert not (tmp_path / "stopped" / "runs.jsonl").read_text()
-    assert [f["code"] for f in run(tmp_path, script, experiment, stopped)] == [0, 0]
-    assert only_line(tmp_path / "stopped")["metrics"] == only_line(tmp_path / "whole")["metrics"]
+    assert [f["code"] for f in run(tmp_path, disturbed, experiment, stopped)] == [0, 0]
+    assert only_line(tmp_path / "stopped")["metrics"] == only_line(expected)["metrics"]
 
 
 def fails(rank, step):
@@ -385,8 +355,10 @@ def test_what_cannot_be_divided(experiment, extra, words, tmp_path, monkeypatch,
 
 def test_torchrun(tmp_path):
     """The real one, once."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rotation.train"]
-    done = subprocess.run([*command, *arguments("rotation", tmp_path)], capture_output=True, text=True, timeout=120)
+    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rotation.train"]
+    command += arguments("rotation", tmp_path)
+    environment = {**os.environ, "PYTHON_EXEC": python()}  # which it starts the processes with
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert only_line(tmp_path)["config"]["processes"] == 2
     assert done.stdout.count("rotation digits evograd seed 1") == 1
