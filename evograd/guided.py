@@ -100,8 +100,8 @@ def guided(
                 val, direct, gradient = problem.val_gradient(ahead)
             return val, direct, team.mean(gradient)
 
+        at_theta.look(needed=lookahead != "sgd")  # while there is no G
         val, direct, gradient = validated()
-        at_theta.look()
         for pair in pairs(problem, at_theta, gradient, lambda: validated()[-1], radius, team, moves):
             evaluation = Stream(problem, pair, team.candidates, occasions)
             losses = team.gather(evaluation.losses())
@@ -135,10 +135,10 @@ class AtTheta:
         self.known, self.losses = problem.lam.flat(direct), {"train_loss at θ": loss}
         return gradient
 
-    def look(self) -> None:
-        """Take a pass where none was made, and nothing was handed over."""
+    def look(self, needed: bool) -> None:
+        """A pass without a graph for θ, where none is made for the lookahead, and no pattern was handed over."""
         problem = self.problem
-        if self.known is None and self.kinks.wanted:
+        if needed and self.kinks.wanted:
             with self.occasions.of(0, again=True), problem.at([problem.theta]), self.kinks.shared():
                 loss = problem.evaluate(problem.train_loss)
                 self.known = problem.lam.flat(partial(loss, problem.hyperparameters, problem.keeps))

@@ -35,14 +35,14 @@ def rounding_rules(curvature: float, apart: float, eps: float) -> bool:
 
 def is_found(curvature: float, apart: float, eps: float) -> bool:
     """Whether a pair is near its best. curvature: e, NaN where there is no gradient between the two.  apart: in eps."""
-    return apart >= apart_enough(eps) and not curvature > 2 * target(eps)
+    return apart >= 0.8 * apart_enough(eps) and not curvature > 2 * target(eps)
 
 
 def better(relative: float, curvature: float, apart: float, eps: float) -> float:
     """The radius that a pair suggests which has not found it."""
-    enough = 3 * apart_enough(eps)
-    if apart < enough / 3:
-        return _raised(relative, enough / max(apart, enough / 1e4), eps)
+    if apart < 0.8 * apart_enough(eps):
+        aim = apart_enough(eps) * min(max(0.1 / target(eps), 1.0), 3.0)  # with few digits curvature is near
+        return _raised(relative, aim / max(apart, 1e-4 * aim), eps)
     if rounding_rules(curvature, apart, eps):
         return _raised(relative, min(curvature / target(eps), 100.0), eps)
     return relative * max(target(eps) / curvature, 1e-4)

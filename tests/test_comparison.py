@@ -92,7 +92,7 @@ def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
     assert result.exact == "T1–T2" and result.draws == 2
     assert rows["mixed mode"].cosine == pytest.approx(1, abs=1e-9) and rows["mixed mode"].norm == pytest.approx(1)
     assert rows["guided"].cosine > 0.999 and rows["EvoGrad, K = 2"].cosine < 0.99
-    assert [row.name for row in result.rows][:3] == ["guided", "mixed mode", "T1–T2"]
+    assert [row.name for row in result.rows][:4] == ["guided", "guided, G at θ", "mixed mode", "T1–T2"]
     cosines = [row.cosine for row in result.rows if row.cosine < 0.99]
     assert cosines == sorted(cosines, reverse=True) and len(cosines) >= 2
     assert rows["EvoGrad, K = 2"].cost.flops < rows["EvoGrad, K = 10"].cost.flops
@@ -104,7 +104,7 @@ def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
     assert printed.out.startswith(f"guided: cosine 1.000 to T1–T2 at 0.50 of its time and {memory:.2f} of its memory\n")
     columns = next(line for line in printed.out.splitlines()[2:] if line.startswith("guided ")).split()
     assert columns[:5] == ["guided", "1.000", "1.000", "1.000", "2.00"]
-    assert "  guided(lookahead='sgd', inner_lr=0.1)" in printed.out
+    assert "  guided(inner_lr=0.1)" in printed.out
 
 
 def test_iterators_last_for_every_estimator(known_seconds):

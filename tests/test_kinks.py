@@ -867,3 +867,23 @@ def test_fake_tensors_take_every_operation():
                     other = form(z + 0)
                     other.sum().backward()
                 assert one.shape == other.shape
+
+
+@pytest.mark.parametrize("n", [3, 64, 77, 800])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_packed_tape_takes_an_eighth_and_says_the_same(n, last):
+    """Masks of ReLUs, of sizes that fill whole bytes and that do not, channels last too."""
+    x = torch.randn(2, 3, 5, n).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    function = lambda t: (t.relu() + F.leaky_relu(t - 0.1)).where(t > 0.3, t.abs()).sum((0, 1))
+    gradients, sizes = [], []
+    for packed in (False, True):
+        kinks = Kinks(packed)
+        with kinks.record():
+            function(x)
+        y = (-x).requires_grad_()
+        with kinks.replay():
+            gradients.append(torch.autograd.grad(function(y).square().sum(), y)[0])
+        bits = [choice for _, _, choice in kinks._choices]
+        sizes.append(sum(getattr(c, "bytes", c).numel() for c in bits if not torch.is_tensor(c) or c.dtype == torch.bool))
+    assert torch.equal(*gradients)
+    assert sizes[1] * 8 <= sizes[0] + 8 * len(bits)

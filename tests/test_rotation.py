@@ -117,9 +117,9 @@ def test_guided_and_mixed_mode_look_ahead_by_the_step_that_was_made():
         seen = {}
         estimator = trainer.meta.estimator
 
-        def spy(train_loss, val_loss, model, hyperparameters, *, parameters, lookahead):
-            seen.update(before=parameters, after={n: p.detach().clone() for n, p in lookahead.items()})
-            return estimator(train_loss, val_loss, model, hyperparameters, parameters=parameters, lookahead=lookahead)
+        def spy(train_loss, val_loss, model, hyperparameters, *, parameters, lookahead, **kinks):
+            seen.update(before=parameters, after={n: p.detach().clone() for n, p in lookahead.items()}, **kinks)
+            return estimator(train_loss, val_loss, model, hyperparameters, parameters=parameters, lookahead=lookahead, **kinks)
 
         trainer.meta.estimator = spy
         start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}

@@ -187,7 +187,7 @@ class MetaStep:
         if not (same_batch and self.learns and self.around == "step" and self.method.estimator.function is guided):
             yield
             return
-        kinks = Kinks()
+        kinks = Kinks(packed=True)
         with kinks.record():
             yield
         self.kinks = kinks

@@ -35,7 +35,8 @@ class Kinks:
     Backward passes belong inside the block: checkpointed segments (torch.utils.checkpoint, of both kinds) are recomputed there,
     each with the choices of its own place. One object serves one pair; it may be replayed several times. The recorded pass
     has the values, gradients and graph that it has without; the tape adds at most a byte an element of an operation's input
-    (two for an ∞-norm, two or four for sort, topk and cummax over more than 256 places, one a difference for cdist). A
+    (two for an ∞-norm, two or four for sort, topk and cummax over more than 256 places, one a difference for cdist); packed, an
+    eighth of that where a choice is one of two, for a few operations more: where the tape outlives the pass. A
     replayed operation has the derivative of the recorded branch, with ties shared as PyTorch shares them, and a graph that
     keeps no more than PyTorch's (hardswish: two bytes an element). Replayed activation functions turn infinities into NaN.
 
@@ -47,9 +48,9 @@ class Kinks:
     sides that random numbers or integers decide; and anything inside torch.func transforms begun within the block.
     """
 
-    def __init__(self):
+    def __init__(self, packed: bool = False):
         self._choices: list[tuple] = []  # (operation, shapes of its tensors, choice)
-        self._recorded = False
+        self._recorded, self._packed = False, packed
 
     @property
     def recorded(self) -> bool:
@@ -70,7 +71,7 @@ class Kinks:
         """Choices are taken as usual, and kept."""
         if self._recorded:
             raise RuntimeError("These Kinks hold a pass already: make a new Kinks() for each pair.")
-        recorded = _Pass(self._choices, recording=True)
+        recorded = _Pass(self._choices, recording=True, packed=self._packed)
         with recomputed_in(recorded.segment), recorded:
             yield
         self._recorded = True
@@ -103,9 +104,10 @@ class OwnKinks:
 class _Pass(TorchFunctionMode):
     """One pass over the tape. place: of the next choice.  recomputing: a checkpointed segment runs once more."""
 
-    def __init__(self, choices: list[tuple], recording: bool):
+    def __init__(self, choices: list[tuple], recording: bool, packed: bool = False):
         super().__init__()
-        self.choices, self.recording = choices, recording
+        self.choices, self.recording, self.packed = choices, recording, packed
+        self.places: dict[torch.device, Tensor] = {}  # of bits in a byte
         self.place, self.recomputing = 0, False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -137,7 +139,7 @@ class _Pass(TorchFunctionMode):
             return None
         if self.recording and not self.recomputing:
             choice, result = choose()
-            self.choices.append((name, shapes, choice))
+            self.choices.append((name, shapes, self._packed(choice) if self.packed else choice))
             self.place += 1
             return result
         if self.place == len(self.choices) or self.choices[self.place][:2] != (name, shapes):
@@ -147,9 +149,19 @@ class _Pass(TorchFunctionMode):
         if self.recording:
             return choose()[1]  # a segment is recomputed from the same values, and must keep the same tensors for backward
         try:
-            steps.send(choice)
+            steps.send(choice.unpacked() if isinstance(choice, _Bits) else choice)
         except StopIteration as stop:
             return stop.value
+
+    def _packed(self, choice: object) -> object:
+        """The choice in bits, if it is a mask of some size without gaps."""
+        if not isinstance(choice, Tensor) or choice.dtype != torch.bool or choice.numel() < 64:
+            return choice
+        if not (choice.is_contiguous() or (choice.ndim == 4 and choice.is_contiguous(memory_format=torch.channels_last))):
+            return choice
+        if choice.device not in self.places:
+            self.places[choice.device] = torch.arange(8, dtype=torch.uint8, device=choice.device)
+        return _Bits(choice, self.places[choice.device])
 
     def _written_out(self, handler: _WrittenOut, native: Callable, *args, **options):
         """The formula runs with this mode on, which sees the operations in it."""
@@ -184,6 +196,20 @@ class _Pass(TorchFunctionMode):
                 yield
         finally:
             self.place, self.recomputing = before
+
+
+class _Bits:
+    """A mask, eight places a byte, in the order of its memory."""
+
+    def __init__(self, mask: Tensor, places: Tensor):
+        self.shape, self.strides, self.places = mask.shape, mask.stride(), places
+        flat = mask.as_strided((mask.numel(),), (1,)).view(torch.uint8)
+        flat = F.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 else flat
+        self.bytes = flat.view(-1, 8).bitwise_left_shift(places).sum(1, dtype=torch.uint8)
+
+    def unpacked(self) -> Tensor:
+        bits = self.bytes[:, None].bitwise_right_shift(self.places).bitwise_and_(1)
+        return bits.view(torch.bool).as_strided(self.shape, self.strides)
 
 
 def _described(name: str, shapes: list[tuple]) -> str:
