@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 RETAKES = 2  # of a pair, within one call
-WIDEST = 100  # times its start, up to which a radius is raised
+WIDEST = 1000  # times its start, up to which a radius is raised
 
 
 def start(eps: float) -> float:
@@ -24,8 +24,8 @@ def target(eps: float) -> float:
 
 
 def apart_enough(eps: float) -> float:
-    """By so many eps the pair's gradients are to differ: 200 in float32."""
-    return target(eps) ** -1.2
+    """By so many eps the pair's gradients are to differ: 700 in float32, where those of few hyperparameters may cancel."""
+    return target(eps) ** -1.5
 
 
 def rounding_rules(curvature: float, apart: float, eps: float) -> bool:

@@ -133,6 +133,10 @@ def process(rank, folder):
             seen["batch", size, name] = estimate(in_parts(rank, size), group, share="batch", **settings)
         for name, settings in GUIDED.items():
             seen["batch", size, name] = estimate(in_parts(rank, size), group, share="batch", **settings)
+        radius = evograd.Radius(1e-12)  # so near that the pair is taken again, by all of them
+        ahead = dict(noise="guided", lookahead="sgd", inner_lr=0.1, radius=radius, share="batch")
+        seen["far", size] = estimate(in_parts(rank, size), group, **ahead)
+        seen["retakes", size] = radius.retakes, radius.value
         seen["batch", size, "float32"] = estimate(in_parts(rank, size, torch.float32), group, share="batch")
         for name, settings in FLOAT32.items():
             seen["float32", size, name] = estimate(label_noise(8), group, **settings)
@@ -246,6 +250,13 @@ def test_parts_of_the_batch_give_what_the_whole_gives(seen, name):
     expected = estimate(in_parts(), **(SETTINGS | GUIDED)[name])
     for size in SIZES:
         assert difference(of_group(seen, "batch", size, name, size=size), expected) < 1e-12
+
+
+def test_processes_agree_on_taking_a_pair_again(seen):
+    expected = estimate(in_parts(), noise="guided", lookahead="sgd", inner_lr=0.1)
+    for size in SIZES:
+        assert difference(of_group(seen, "far", size, size=size)[:-2], expected[:-2]) < 1e-6
+        assert len({seen[rank]["retakes", size] for rank in range(size)}) == 1 and seen[0]["retakes", size][0] > 0
 
 
 def test_float32(seen):
