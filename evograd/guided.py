@@ -160,14 +160,15 @@ def pairs(
     carried = radius if isinstance(radius, Radius) else Radius()
     fixed = None if radius is carried else radius
     size, scale = measured(problem, direction, team)
-    relative = carried.value or start(max(problem.precision.eps, problem.lam.eps))
+    relative, before = carried.value or start(max(problem.precision.eps, problem.lam.eps)), None
     for again in range(RETAKES + 1):
         last = fixed is not None or again == RETAKES
         pair = Pair(problem, at_theta, direction, size, fixed or relative * scale, fixed, last)
         yield pair
         if pair.found or last or math.isnan(pair.apart):
             break
-        relative = better(relative, pair.curvature, pair.apart, pair.eps)
+        seen = relative, pair.curvature
+        relative, before = better(*seen, pair.apart, pair.eps, before), seen
         carried.retakes += 1
         team.again(PAIR[1:] if problem.place is None else moves)
         direction = direction if problem.place is None else regained()
@@ -212,7 +213,7 @@ class Pair:
         self.problem, self.layout, self.place = problem, problem.layout, problem.place
         self.at_theta, self.direction, self.size, self.fixed, self.last = at_theta, direction, size, fixed, last
         self.held = 0  # the sign of the step that the model holds
-        self.radius = torch.as_tensor(radius, dtype=size.dtype, device=size.device)
+        self.radius = radius if isinstance(radius, Tensor) else torch.full_like(size, radius)
         self.step = (self.radius / size).nan_to_num(posinf=0)  # without a direction candidates are θ itself
         self.settings, self.tells_apart = ("guided", fixed), size > 0
         self.before = at_theta.losses | {"val_loss": None}  # candidates depend on them

@@ -38,13 +38,16 @@ def is_found(curvature: float, apart: float, eps: float) -> bool:
     return apart >= 0.8 * apart_enough(eps) and not curvature > 2 * target(eps)
 
 
-def better(relative: float, curvature: float, apart: float, eps: float) -> float:
-    """The radius that a pair suggests which has not found it."""
+def better(relative: float, curvature: float, apart: float, eps: float, before: tuple[float, float] | None = None) -> float:
+    """The radius that a pair suggests which has not found it. before: (radius, e) of the pair that was taken first."""
     if apart < 0.8 * apart_enough(eps):
         aim = apart_enough(eps) * min(max(0.1 / target(eps), 1.0), 3.0)  # with few digits curvature is near
         return _raised(relative, aim / max(apart, 1e-4 * aim), eps)
-    if rounding_rules(curvature, apart, eps):
-        return _raised(relative, min(curvature / target(eps), 100.0), eps)
+    rounding = rounding_rules(curvature, apart, eps)
+    if before is not None and curvature != before[1]:  # two radii tell it
+        rounding = (relative < before[0]) == (curvature > before[1])
+    if rounding:
+        return _raised(max(relative, before[0] if before else 0), min(max(curvature / target(eps), 2.0), 100.0), eps)
     return relative * max(target(eps) / curvature, 1e-4)
 
 

@@ -36,7 +36,8 @@ def steps(model, size, batch, **settings):
         "plain": plain,
         "evograd": meta(evograd.hypergradient),
         "many": meta(evograd.hypergradient, n_candidates=64),
-        "guided": meta(evograd.guided, inner_lr=0.1),
+        "guided": meta(evograd.guided, inner_lr=0.1, lookahead=None, radius=0.01),
+        "guided_own_kinks": meta(evograd.guided, inner_lr=0.1, lookahead=None, radius=0.01, share_kinks=False),
         "mixed_mode": meta(evograd.mixed_mode, inner_lr=0.1, lookahead="sgd"),
         "unrolled": meta(evograd.baselines.unrolled, inner_lr=0.1),
     }

@@ -117,9 +117,10 @@ def test_resnet18_stream_needs_one_copy_of_the_parameters():
         model = torchvision.models.resnet18(num_classes=10)
         named = steps(model, size=128, batch=64)
         plain, plain_flops = peak_bytes(named["plain"]), flops(named["plain"])
-        for name, copies in (("evograd", 1.1), ("guided", 1.1)):
-            assert peak_bytes(named[name]) <= plain + copies * parameter_bytes(model)
-            assert (flops(named[name]) + plain_flops) / plain_flops <= 2.70
+        # guided at θ looks at the pattern there, by one more forward pass, unless the training step hands it over
+        for name, at_most in (("evograd", 2.70), ("guided", 3.05), ("guided_own_kinks", 2.70)):
+            assert peak_bytes(named[name]) <= plain + 1.1 * parameter_bytes(model)
+            assert (flops(named[name]) + plain_flops) / plain_flops <= at_most
         assert peak_bytes(named["unrolled"]) > 2.5 * plain
 
 

@@ -233,9 +233,9 @@ class MetaStep:
             self.quality.add(self.n_calls, compared(), hyperparameters[0].device)
         if self.around and before is not None:
             settings["parameters"] = before
-        if self.around == "step" and before is not None:
+        if self.around == "step":
             own = dict(model.named_parameters())
-            settings["lookahead"] = {name: own[name] for name in before}
+            settings["lookahead"] = None if before is None else {name: own[name] for name in before}
         if lr is not None and self.args.inner_lr is None and "inner_lr" in self.method.reads:
             settings |= {} if self.method.estimator.own_scale else {"inner_lr": lr}
         if self.kinks is not None:
