@@ -68,7 +68,7 @@ def train(strengths, seed, steps, splits, learn=False, title=""):
         train_loss = lambda m: F.cross_entropy(m(augment(x, logs.exp())), y)
         val_loss = lambda m: F.cross_entropy(m(x_val), y_val)
         if learn:
-            result = evograd.guided(train_loss, val_loss, model, [logs], lookahead="sgd", inner_lr=LR)
+            result = evograd.guided(train_loss, val_loss, model, [logs], inner_lr=LR)
             logs.grad = result.grads[0]
             meta_optimizer.step()
             bar.set_postfix_str(" ".join(f"{n} {s:.2f}" for n, s in zip(NAMES, logs.exp())), refresh=False)

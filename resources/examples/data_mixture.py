@@ -97,7 +97,7 @@ def train(shares, learn, seed, steps, data, part=slice(None), sharded=False):
         train_loss = lambda m: (len(NAMES) * logits.softmax(0)[source] * losses(m, batch)).mean()
         val_loss = lambda m: losses(m, val_batch).mean()
         if learn and step % META_EVERY == 0:
-            result = evograd.guided(train_loss, val_loss, model, [logits], lookahead="sgd", inner_lr=LR)
+            result = evograd.guided(train_loss, val_loss, model, [logits], inner_lr=LR)
             logits.grad = result.grads[0]
             meta_optimizer.step()
             bar.set_postfix_str(" ".join(f"{n} {w:.2f}" for n, w in zip(NAMES, logits.softmax(0))), refresh=False)

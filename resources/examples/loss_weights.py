@@ -56,7 +56,7 @@ def train(weights, seed, steps, splits, learn=False, title=""):
         train_loss = lambda m: (10 * logits.softmax(0)[y] * F.cross_entropy(m(x), y, reduction="none")).mean()
         val_loss = lambda m: F.cross_entropy(m(x_val), y_val)
         if learn:
-            result = evograd.guided(train_loss, val_loss, model, [logits], lookahead="sgd", inner_lr=LR)
+            result = evograd.guided(train_loss, val_loss, model, [logits], inner_lr=LR)
             logits.grad = result.grads[0]
             meta_optimizer.step()
         optimizer.zero_grad()
