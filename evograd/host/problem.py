@@ -88,16 +88,14 @@ class Problem:
 
     # --- losses at other parameters
 
-    @contextmanager
-    def holding(self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor] | None = None):
+    def holding(self, parameters: Mapping[str, Tensor], buffers: Sequence[Tensor] | None = None) -> AbstractContextManager:
         """The model with `parameters` in place of its own; see `Slots.holding`.
 
         What a loss needs for its backward pass may be computed there (gradient checkpointing), so that belongs inside too.
         """
         own = self.own
         pairs = [(own[name], StandIn.of(own[name], tensor)) for name, tensor in parameters.items()]
-        with self.slots.holding([*((own[name], tensor) for name, tensor in self.fixed.items()), *pairs], buffers):
-            yield
+        return self.slots.holding([*((own[name], tensor) for name, tensor in self.fixed.items()), *pairs], buffers)
 
     def evaluate(self, closure: Closure) -> Tensor:
         """closure(model), checked to be a scalar, as ()."""
