@@ -174,19 +174,24 @@ def measured(name):
 
 
 def table(runs):
-    """Relative errors, the largest over kinds of λ but for the two domains, which have columns of their own."""
-    cells = {tuple(run["config"].values()): run["metrics"] for run in runs}
-    columns = [(d, two, s) for d in ("float64", "float32") for two in (False, True) for s in STARTS]
-    head = ["Network", *(f"{d}, {'two domains, ' if two else ''}{s}" for d, two, s in columns if s == "as it begins" or not two)]
-    lines = ["| " + " | ".join(head) + " |", "| :-- |" + " --: |" * (len(head) - 1)]
+    """Relative errors, the largest over kinds of λ; the two domains have columns of their own."""
+    cells = {tuple(run["config"][key] for key in ("network", "by", "dtype", "start")): run["metrics"] for run in runs}
+
+    def of(name, two, dtype, where):
+        return [m for (n, by, d, s), m in cells.items() if (n, d, s) == (name, dtype, where) and (by == "two domains") == two]
+
+    columns = [(dtype, where) for dtype in ("float64", "float32") for where in STARTS]
+    heads = [f"{dtype}, {where}" for dtype, where in columns]
+    heads += ["T1–T2 in float32", "two domains, float64", "two domains, float32"]
+    lines = ["| Network | " + " | ".join(heads) + " |", "| :-- |" + " --: |" * len(heads)]
     for name in dict.fromkeys(run["config"]["network"] for run in runs):
-        row = [name]
-        for dtype, two, where in columns:
-            if two and where != "as it begins":
-                continue
-            of = [m for key, m in cells.items() if (key[0], key[2:]) == (name, (dtype, where)) and (key[1] == "two domains") == two]
-            row.append(f"{max(m['error'] for m in of):.0e}" + (f" ({sum(m['retakes'] for m in of)})" if where != "as it begins" else ""))
-        lines.append("| " + " | ".join(row) + " |")
+        row = []
+        for dtype, where in columns:
+            found = of(name, False, dtype, where)
+            row.append(f"{max(m['error'] for m in found):.0e} ({sum(m['retakes'] for m in found)})")
+        row.append(f"{max(m['second_order_error'] for m in of(name, False, 'float32', columns[0][1])):.0e}")
+        row += [f"{of(name, True, dtype, columns[0][1])[0]['error']:.0e}" for dtype in ("float64", "float32")]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -200,8 +205,8 @@ def main(argv=None):
         parser.error(f"{', '.join(sorted(unknown))} given; accepted are {', '.join(NETWORKS)}")
     if args.table:
         text = args.table.read_text(encoding="utf-8")
-        made = table(list(read_runs([args.out])))
-        new = re.sub(r"(<!-- accuracy -->\n).*?(\n<!-- /accuracy -->)", lambda m: m[1] + made + m[2], text, flags=re.DOTALL)
+        made = table(read_runs([args.out])[0])
+        new = re.sub(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", lambda m: m[1] + made + "\n" + m[2], text, flags=re.DOTALL)
         args.table.write_text(new, encoding="utf-8")
         return
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
