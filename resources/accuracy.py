@@ -1,6 +1,6 @@
 """How far evograd.guided, at its defaults, is from exact T1–T2, network by network: the table of resources/accuracy.md.
 
-    python -m resources.accuracy [NETWORK …]          measure, and append a line for each case to resources/results/accuracy.jsonl
+    python -m resources.accuracy [NETWORK …]          measure, and append a line for each case to resources/accuracy.jsonl
     python -m resources.accuracy --table               write the table from these lines
 
 Networks are trained five steps, then one hypergradient is taken by sample weights, by scales of the inputs where these are
@@ -198,7 +198,7 @@ def table(runs):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/accuracy.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "accuracy.jsonl")
     parser.add_argument("--table", nargs="?", type=Path, const=ROOT / "accuracy.md", help="write the table into this file")
     args = parser.parse_args(argv)
     if unknown := set(args.network) - NETWORKS.keys():

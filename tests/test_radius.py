@@ -10,7 +10,9 @@ from torch import nn
 import evograd
 from evograd import radius as r
 from evograd.baselines import finite_difference, unrolled
+from evograd.lab.records import read_runs
 from evograd.operations.kinks import KinkMismatch, Kinks
+from resources import accuracy
 
 from .test_hypergradient import relative_difference
 
@@ -191,3 +193,24 @@ def test_a_radius_has_bounds():
         for curvature, apart in ((0.0, math.inf), (1e-9, 1e9)):
             radius.follow(relative, curvature, apart, eps)
             assert radius.value <= max(relative, r.WIDEST * r.start(eps))
+
+
+def test_the_table_of_errors_follows_from_its_lines():
+    shown = (accuracy.ROOT / "accuracy.md").read_text(encoding="utf-8")
+    runs, broken = read_runs([accuracy.ROOT / "accuracy.jsonl"])
+    assert not broken and f"<!-- accuracy -->\n{accuracy.table(runs)}\n<!-- /accuracy -->" in shown
+    # what it is to show: at the defaults as near as float64 allows, in float32 as near as T1–T2 itself, or to a hundredth
+    for run in runs:
+        by, dtype, start = (run["config"][key] for key in ("by", "dtype", "start"))
+        if start == "as it begins" and by != "two domains":
+            metrics = run["metrics"]
+            assert metrics["error"] < (1e-6 if dtype == "float64" else max(0.01, 1.1 * metrics["second_order_error"]))
+
+
+def test_errors_are_measured(tmp_path, capsys):
+    accuracy.main(["LSTM", "--out", str(tmp_path / "runs.jsonl")])
+    runs, _ = read_runs([tmp_path / "runs.jsonl"])
+    assert len(runs) == 2 * 2 * 3 and all(run["metrics"]["error"] < 0.02 for run in runs)
+    with pytest.raises(SystemExit):
+        accuracy.main(["GPT-5"])
+    assert "GPT-5 given; accepted are ResNet-18" in capsys.readouterr().err
