@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .evaluation import Stream, in_place
 from .host import processes
-from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive
+from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive, kept
 from .host.draws import Occasions
 from .host.gathering import partial
 from .host.precision import Precision
@@ -89,8 +89,10 @@ def guided(
     processes.check(problem, group, share)
     processes.check_batch(problem, group, share)
 
-    moves = [("mean", 0)] * (1 + (lookahead == "sgd")) + PAIR
-    with problem.undisturbed(), problem.precision.watched(), processes.team(problem, group, "batch", 2, moves) as team:
+    lookahead = kept(lookahead)
+    means = [("mean", 0)] * (2 if lookahead == "sgd" else 1)  # of G, and of the lookahead's gradient
+    sharing = processes.team(problem, group, "batch", 2, [*means, *MEASURED, *PAIR])
+    with problem.undisturbed(), problem.precision.watched(), sharing as team:
         occasions = team.occasions(lambda: 0)
         at_theta = AtTheta(problem, occasions, kinks or (Kinks() if share_kinks else OwnKinks()))
 
@@ -102,7 +104,7 @@ def guided(
 
         at_theta.look(needed=lookahead != "sgd")  # while there is no G
         val, direct, gradient = validated()
-        for pair in pairs(problem, at_theta, gradient, lambda: validated()[-1], radius, team, moves):
+        for pair in pairs(problem, at_theta, gradient, lambda: validated()[-1], radius, team, means):
             evaluation = Stream(problem, pair, team.candidates, occasions)
             losses = team.gather(evaluation.losses())
             mixed = evaluation.gradient(-inner_lr * pair.coefficients(losses))  # −η ∂²ℓ_T/∂λ∂θ G
@@ -113,7 +115,7 @@ def guided(
         return result
 
 
-PAIR = [("over_shards", 3), ("gather", 2), ("gather", 3)]  # what is sent for a pair
+MEASURED, PAIR = [("over_shards", 3)], [("gather", 2), ("gather", 3)]  # what is sent of the direction, and of each pair
 
 
 class AtTheta:
@@ -151,11 +153,11 @@ def pairs(
     regained: Callable[[], list[Tensor | None]],
     radius: float | Radius | None,
     team: processes.Alone,
-    moves: Sequence[tuple[str, int]],
+    means: Sequence[tuple[str, int]],
 ) -> Iterator[Pair]:
     """A pair along the direction, and others where it has not found its radius.
 
-    regained: the direction once more, where a pair in place had to let it go.
+    regained: the direction once more, where a pair in place had to let it go; `means` are sent for it.
     """
     carried = radius if isinstance(radius, Radius) else Radius()
     fixed = None if radius is carried else radius
@@ -170,7 +172,7 @@ def pairs(
         seen = relative, pair.curvature
         relative, before = better(*seen, pair.apart, pair.eps, before), seen
         carried.retakes += 1
-        team.again(PAIR[1:] if problem.place is None else moves)
+        team.again(PAIR if problem.place is None else [*means, *PAIR])
         direction = direction if problem.place is None else regained()
     if fixed is None and not math.isnan(pair.apart):
         carried.follow(relative, pair.curvature, pair.apart, pair.eps)

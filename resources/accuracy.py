@@ -105,7 +105,15 @@ def gpt2(adapter=None):
     return text(made)
 
 
+def mlp(width):
+    layers = [nn.Flatten(), nn.Linear(3 * 16 * 16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return vision(lambda num_classes: nn.Sequential(*layers, nn.Linear(width, num_classes)), 16)
+
+
 NETWORKS = {
+    "MLP, 8 wide": mlp(8),
+    "MLP, 32 wide": mlp(32),
+    "MLP, 64 wide": mlp(64),
     "ResNet-18 (torchvision)": vision(torchvision.models.resnet18),
     "ShuffleNet (torchvision)": vision(torchvision.models.shufflenet_v2_x0_5),
     "EfficientNet-B0 (torchvision)": vision(torchvision.models.efficientnet_b0),
@@ -170,7 +178,34 @@ def measured(name):
                 error, own = (((g - exact).norm() / exact.norm()).item() for g in (result.grads[0].double(), second_order))
                 config = {"network": name, "by": by, "dtype": str(dtype)[6:], "start": where}
                 yield config, {"error": error, "curvature": result.curvature, "retakes": radius.retakes, "second_order_error": own}
+        yield from in_low_precision(name, by, (train_loss, val_loss, model, [lam]), exact)
         model.to(torch.float32)
+
+
+def in_low_precision(name, by, problem, exact):
+    """The same where the losses run under autocast to bfloat16. error: None where guided says that nothing resolves."""
+    train_loss, val_loss, *rest = problem
+
+    def low(loss):
+        def run(model):
+            with torch.autocast("cpu", torch.bfloat16):
+                return loss(model)
+
+        return run
+
+    torch.manual_seed(1)
+    radius = evograd.Radius()
+    try:
+        result = evograd.guided(low(train_loss), low(val_loss), *rest, inner_lr=LR, radius=radius)
+        metrics = {
+            "error": ((result.grads[0].double() - exact).norm() / exact.norm()).item(),
+            "cosine": F.cosine_similarity(result.grads[0].double().flatten(), exact.flatten(), dim=0).item(),
+            "curvature": result.curvature,
+        }
+    except RuntimeError as error:
+        metrics = {"error": None, "cosine": None, "reason": str(error)}
+    config = {"network": name, "by": by, "dtype": "bfloat16", "start": "as it begins"}
+    yield config, metrics | {"retakes": radius.retakes, "second_order_error": None}
 
 
 def table(runs):
@@ -182,7 +217,7 @@ def table(runs):
 
     columns = [(dtype, where) for dtype in ("float64", "float32") for where in STARTS]
     heads = [f"{dtype}, {where}" for dtype, where in columns]
-    heads += ["T1–T2 in float32", "two domains, float64", "two domains, float32"]
+    heads += ["T1–T2 in float32", "two domains, float64", "two domains, float32", "bfloat16: cosine"]
     lines = ["| Network | " + " | ".join(heads) + " |", "| :-- |" + " --: |" * len(heads)]
     for name in dict.fromkeys(run["config"]["network"] for run in runs):
         row = []
@@ -191,6 +226,8 @@ def table(runs):
             row.append(f"{max(m['error'] for m in found):.0e} ({sum(m['retakes'] for m in found)})")
         row.append(f"{max(m['second_order_error'] for m in of(name, False, 'float32', columns[0][1])):.0e}")
         row += [f"{of(name, True, dtype, columns[0][1])[0]['error']:.0e}" for dtype in ("float64", "float32")]
+        low = [m["cosine"] for m in of(name, False, "bfloat16", columns[0][1])]
+        row.append(", ".join("error" if cosine is None else f"{cosine:.3f}" for cosine in low))
         lines.append(f"| {name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

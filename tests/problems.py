@@ -178,8 +178,8 @@ def bilevel(kind: str, seed: int = 0) -> Bilevel:
     return Bilevel(model, [weights], weighted, val_loss, parameters=["2.weight", "2.bias"] if kind == "head_only" else None)
 
 
-def estimate(*problem, noise="sign", **settings):
-    """The paper's estimator by its kind of noise; "guided" is a function of its own, at the paper's scale here."""
-    if noise == "guided":
+def estimate(*problem, noise="sign", estimator=None, **settings):
+    """The paper's estimator by its kind of noise, or guided, which is a function of its own; at θ and the paper's scale."""
+    if "guided" in (noise, estimator):
         return evograd.guided(*problem, **{"inner_lr": 1e-5, "lookahead": None, **settings})
     return evograd.hypergradient(*problem, noise=noise, **settings)

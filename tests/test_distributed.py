@@ -31,9 +31,9 @@ SETTINGS = {
     "common": {"common_random_numbers": True, "inner_lr": 0.1},
 }
 GUIDED = {
-    "guided": {"noise": "guided", "radius": 0.1},
-    "guided_retain": {"noise": "guided", "radius": 0.1, "strategy": "retain"},
-    "guided_sgd": {"noise": "guided", "radius": 0.1, "lookahead": "sgd", "inner_lr": 0.1},
+    "guided": {"estimator": "guided", "radius": 0.1},
+    "guided_retain": {"estimator": "guided", "radius": 0.1, "strategy": "retain"},
+    "guided_sgd": {"estimator": "guided", "radius": 0.1, "lookahead": "sgd", "inner_lr": 0.1},
 }
 KINDS = ["mixed_shapes", "val_depends_directly", "hyperparameters_inside", "batchnorm"]
 OWN_SEEDS = ("sign", "common")
@@ -46,7 +46,7 @@ FLOAT32 = {  # the paper's σ and τ, at which rounding matters most
 def estimate(args, group=None, seed=3, **settings):
     """Everything that a call returns, as one list of tensors."""
     torch.manual_seed(seed)
-    if settings.get("noise") != "guided":
+    if settings.get("estimator") != "guided":
         settings = {"n_candidates": 4, "sigma": 0.1, "temperature": 0.2, **settings}
     result = by_noise(*args, group=group, **settings)
     return [*result.grads, result.val_loss, result.candidate_losses, result.weights]
@@ -134,7 +134,7 @@ def process(rank, folder):
         for name, settings in GUIDED.items():
             seen["batch", size, name] = estimate(in_parts(rank, size), group, share="batch", **settings)
         radius = evograd.Radius(1e-12)  # so near that the pair is taken again, by all of them
-        ahead = dict(noise="guided", lookahead="sgd", inner_lr=0.1, radius=radius, share="batch")
+        ahead = dict(estimator="guided", lookahead="sgd", inner_lr=0.1, radius=radius, share="batch")
         seen["far", size] = estimate(in_parts(rank, size), group, **ahead)
         seen["retakes", size] = radius.retakes, radius.value
         seen["batch", size, "float32"] = estimate(in_parts(rank, size, torch.float32), group, share="batch")
@@ -159,7 +159,7 @@ def process(rank, folder):
     seen["own_seeds", "batch"] = estimate(dropout, world, share="batch", seed=rank, generator=generator)
     # arguments
     seen["too_few",] = caught(lambda: estimate(args, world, n_candidates=3))
-    seen["guided_candidates",] = caught(lambda: estimate(args, world, noise="guided", share="candidates"))
+    seen["guided_candidates",] = caught(lambda: estimate(args, world, estimator="guided", share="candidates"))
     # a closure that fails in one process, at every stage of the step
     train_loss, val_loss, model, hyperparameters = args
 
@@ -186,7 +186,7 @@ def process(rank, folder):
         "guided_sgd": (failing(train_loss, 0), val_loss),
         "guided_pair": (failing(train_loss, 2), val_loss),
     }.items():
-        ahead = dict(noise="guided", inner_lr=0.1, lookahead="sgd")
+        ahead = dict(estimator="guided", inner_lr=0.1, lookahead="sgd")
         seen["failing", name] = caught(lambda: estimate((*bad, model, hyperparameters), world, **ahead))
     seen["after",] = estimate(args, world)
 
@@ -253,7 +253,7 @@ def test_parts_of_the_batch_give_what_the_whole_gives(seen, name):
 
 
 def test_processes_agree_on_taking_a_pair_again(seen):
-    expected = estimate(in_parts(), noise="guided", lookahead="sgd", inner_lr=0.1)
+    expected = estimate(in_parts(), estimator="guided", lookahead="sgd", inner_lr=0.1)
     for size in SIZES:
         assert difference(of_group(seen, "far", size, size=size)[:-2], expected[:-2]) < 1e-6
         assert len({seen[rank]["retakes", size] for rank in range(size)}) == 1 and seen[0]["retakes", size][0] > 0
@@ -336,7 +336,7 @@ def test_arguments(seen):
 
 
 @pytest.mark.skipif(TORCH < (2, 11), reason="older fake tensors cannot be sent")
-@pytest.mark.parametrize("settings", [{}, {"share": "batch"}, {"noise": "guided"}, {"strategy": "retain"}])
+@pytest.mark.parametrize("settings", [{}, {"share": "batch"}, {"estimator": "guided"}, {"strategy": "retain"}])
 def test_nothing_is_read_on_the_host(settings):
     """Fake tensors have no values: a step that reads one, and so would make the host wait for the device, raises."""
     fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
@@ -344,7 +344,7 @@ def test_nothing_is_read_on_the_host(settings):
     try:
         with FakeTensorMode():
             args = label_noise(8)
-            settings = settings if settings.get("noise") else {"n_candidates": 8, **settings}
+            settings = settings if settings.get("estimator") else {"n_candidates": 8, **settings}
             result = by_noise(*args, group=dist.group.WORLD, **settings)
     finally:
         dist.destroy_process_group()

@@ -342,7 +342,7 @@ def test_a_tensor_that_a_graph_is_written_into_has_none_afterwards(kind, estimat
     torch.manual_seed(0)
     problem = problem_of(Remembering(kind), "losses")
     in_place = lambda *a, **k: estimate(*a, strategy="in_place", inner_lr=ETA, **k)
-    call = {"in_place": in_place, "in_place_guided": lambda *a: in_place(*a, noise="guided", lookahead="sgd")}
+    call = {"in_place": in_place, "in_place_guided": lambda *a: in_place(*a, estimator="guided", lookahead="sgd")}
     result = {**ESTIMATORS, **call}[estimator](*problem.args())
     last = problem.model.last
     assert last.grad_fn is None and not last.requires_grad and not last.any()
@@ -665,11 +665,11 @@ def test_a_validation_loss_without_the_model_is_an_error(estimator, how, float64
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("decay of a wide network", {"noise": "guided"}),
+        ("decay of a wide network", {"estimator": "guided"}),
         ("λ in bfloat16", {}),
-        ("small radius", {"noise": "guided", "radius": 1e-8}),
+        ("small radius", {"estimator": "guided", "radius": 1e-8}),
         ("small sigma", {"sigma": 1e-9}),
-        ("none", {"noise": "guided"}),
+        ("none", {"estimator": "guided"}),
         ("none", {}),
     ],
 )

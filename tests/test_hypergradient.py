@@ -127,9 +127,9 @@ def test_common_random_numbers_draw_once_and_move_on():
     assert len(set(first)) == 1 and len(set(second)) == 1 and first != second
     after = torch.rand(()).item()
     assert after not in first + second
-    at_theta, ahead = drawn(noise="guided", radius=0.1), drawn(noise="guided", lookahead="sgd", radius=0.1)
+    at_theta, ahead = drawn(estimator="guided", radius=0.1), drawn(estimator="guided", lookahead="sgd", radius=0.1)
     assert len(at_theta) == len(ahead) == 3 and len(set(at_theta)) == len(set(ahead)) == 1 and at_theta[0] != ahead[0]
-    assert len(drawn(noise="guided", radius=0.1, share_kinks=False)) == 2  # of a pass at θ nothing is wanted
+    assert len(drawn(estimator="guided", radius=0.1, share_kinks=False)) == 2  # of a pass at θ nothing is wanted
 
 
 def test_parameters_as_tensors_are_taken_for_theta():

@@ -57,7 +57,7 @@ def test_noise_is_the_same_in_any_order_and_at_any_size_of_bucket(kind, monkeypa
     assert all(torch.equal(all_of(again, k), first[k]) for k in (2, 0, 3, 1))
 
 
-@pytest.mark.parametrize("settings", [{}, {"noise": "guided"}, {"noise": "normal", "strategy": "vmap"}])
+@pytest.mark.parametrize("settings", [{}, {"estimator": "guided"}, {"noise": "normal", "strategy": "vmap"}])
 def test_many_buckets_and_pieces_give_what_one_gives(settings, monkeypatch, float64):
     """Seeds are per bucket, so the noise is another; the estimate for a given noise is what the reference makes of it."""
     from .problems import bilevel
@@ -73,7 +73,7 @@ def test_many_buckets_and_pieces_give_what_one_gives(settings, monkeypatch, floa
         layout = Layout({name: p.detach() for name, p in problem.model.named_parameters()})
         assert len(layout.buckets) > 2 and sum(p.numel() for b in layout.buckets for p in b.tensors) == n
         torch.manual_seed(3)
-        if settings.get("noise") == "guided":
+        if settings.get("estimator") == "guided":
             expected = guided_reference(problem, 0.1, radius=0.1)
             found = evograd.guided(*problem.args(), inner_lr=0.1, lookahead=None, radius=0.1, share_kinks=False).grads
         else:

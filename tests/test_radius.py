@@ -93,6 +93,19 @@ def test_it_does_not_matter_where_the_radius_begins(name, dtype, factor, strateg
         assert began.retakes > 0
 
 
+def test_a_pair_in_place_that_is_taken_again_has_its_lookahead_still():
+    """G has made way for the first pair; named parameters may be an iterator."""
+    args = problem("adapted", torch.float32)
+    ahead = {n: p.detach() - 0.1 for n, p in args[2].named_parameters()}
+    found = []
+    for strategy in ("stream", "in_place"):
+        radius = evograd.Radius(1e-7)
+        settings = dict(inner_lr=LR, strategy=strategy, radius=radius, lookahead=iter(ahead.items()))
+        found.append(evograd.guided(*args, **settings).grads)
+        assert radius.retakes > 0
+    assert relative_difference(*found) < 0.01
+
+
 def test_the_pattern_is_that_of_theta(float64):
     """With the pattern of either candidate the difference tends to the branch there, and is off by what lies between."""
     args = problem("convolutional", torch.float64)
@@ -202,7 +215,7 @@ def test_the_table_of_errors_follows_from_its_lines():
     # what it is to show: at the defaults as near as float64 allows, in float32 as near as T1–T2 itself, or to a hundredth
     for run in runs:
         by, dtype, start = (run["config"][key] for key in ("by", "dtype", "start"))
-        if start == "as it begins" and by != "two domains":
+        if start == "as it begins" and by != "two domains" and dtype != "bfloat16":
             metrics = run["metrics"]
             assert metrics["error"] < (1e-6 if dtype == "float64" else max(0.01, 1.1 * metrics["second_order_error"]))
 
@@ -210,7 +223,8 @@ def test_the_table_of_errors_follows_from_its_lines():
 def test_errors_are_measured(tmp_path, capsys):
     accuracy.main(["LSTM", "--out", str(tmp_path / "runs.jsonl")])
     runs, _ = read_runs([tmp_path / "runs.jsonl"])
-    assert len(runs) == 2 * 2 * 3 and all(run["metrics"]["error"] < 0.02 for run in runs)
+    assert len(runs) == 2 * (2 * 3 + 1)
+    assert all(run["metrics"]["error"] < 0.02 for run in runs if run["config"]["dtype"] != "bfloat16")
     with pytest.raises(SystemExit):
         accuracy.main(["GPT-5"])
     assert "GPT-5 given; accepted are ResNet-18" in capsys.readouterr().err

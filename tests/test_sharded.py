@@ -37,10 +37,10 @@ SETTINGS = {
     "sign": {},
     "odd": {"n_candidates": 5, "inner_lr": 0.1},
     "normal": {"noise": "normal", "n_candidates": 3, "sigma": 0.1},
-    "guided": {"noise": "guided"},
-    "guided_sgd": {"noise": "guided", "lookahead": "sgd", "inner_lr": 0.1},
+    "guided": {"estimator": "guided"},
+    "guided_sgd": {"estimator": "guided", "lookahead": "sgd", "inner_lr": 0.1},
 }
-RANDOM = [name for name, settings in SETTINGS.items() if settings.get("noise") != "guided"]
+RANDOM = [name for name, settings in SETTINGS.items() if settings.get("estimator") != "guided"]
 MODELS = ("inputs", "outputs", "tied", "head", "unsharded", "checkpoint", "decay", "gate", "compiled")
 CASES = [(2, "inputs", setting) for setting in SETTINGS] + [(4, "inputs", setting) for setting in SETTINGS]
 CASES += [(4, name, setting) for name in MODELS[1:] for setting in ("odd", "guided_sgd")]
@@ -158,12 +158,12 @@ def test_in_place_equals_stream(kind, name):
     trace = Trace(of.model)
     found = estimate(of.args(), strategy="in_place", parameters=of.parameters, **settings)
     assert trace.unchanged()
-    exact = settings.get("noise") != "guided" and kind != "lstm"
+    exact = settings.get("estimator") != "guided" and kind != "lstm"
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0 if exact else 1e-7, atol=0 if exact else 1e-9)
 
 
-@pytest.mark.parametrize("settings", [{}, {"noise": "guided"}])
+@pytest.mark.parametrize("settings", [{}, {"estimator": "guided"}])
 def test_several_buckets(settings, monkeypatch):
     monkeypatch.setattr(vectors, "BUCKET", 32)
     monkeypatch.setattr(vectors, "PIECE", 16)
@@ -182,7 +182,7 @@ def test_given_parameters_and_lookahead(place):
     given = {n: (p if place == "own" else p.data) if place != "others" else p + 0.1 for n, p in args[2].named_parameters()}
     before = {n: p.detach() - 0.1 for n, p in args[2].named_parameters()}
     for parameters, lookahead in ((before, given), (given, before), (given, given)):
-        settings = dict(noise="guided", inner_lr=0.1, parameters=parameters, lookahead=lookahead)
+        settings = dict(estimator="guided", inner_lr=0.1, parameters=parameters, lookahead=lookahead)
         expected, trace = estimate(args, **settings), Trace(args[2])
         found = estimate(args, strategy="in_place", **settings)
         assert trace.unchanged()
@@ -190,7 +190,7 @@ def test_given_parameters_and_lookahead(place):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, {"noise": "guided"}])
+@pytest.mark.parametrize("settings", [{}, {"estimator": "guided"}])
 def test_a_compiled_model_is_called_itself(settings):
     train_loss, val_loss, model, hyperparameters = bilevel("mlp").args()
     expected = estimate((train_loss, val_loss, model, hyperparameters), **settings)
@@ -282,7 +282,7 @@ def test_one_copy_of_the_parameters():
         for name, step in {
             "plain": lambda: args[0](model).backward(inputs=list(model.parameters())),
             "sign": lambda: estimate(args, strategy="in_place"),
-            "guided": lambda: estimate(args, strategy="in_place", noise="guided"),
+            "guided": lambda: estimate(args, strategy="in_place", estimator="guided"),
         }.items():
             peaks[name] = peak(step, model)
     size = sum(p.numel() * 4 for p in model.parameters())
@@ -434,11 +434,14 @@ def process(rank, folder):
     ahead = {n: p.detach() - 0.1 * p.grad for n, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = None
-    named = dict(noise="guided", lookahead=ahead, inner_lr=0.1)
+    named = dict(estimator="guided", lookahead=ahead, inner_lr=0.1)
     seen["lookahead",] = estimate(args, **named)
     seen["ahead",] = {n: p.full_tensor() for n, p in ahead.items()}
     before = {n: p.detach() + 0.1 for n, p in model.named_parameters()}
-    seen["given",] = estimate(args, noise="guided", parameters=before, lookahead=model.named_parameters())
+    seen["given",] = estimate(args, estimator="guided", parameters=before, lookahead=model.named_parameters())
+    far = evograd.Radius(1e-12)  # so near that the pair is taken again, by all of them
+    seen["far",] = estimate(args, estimator="guided", lookahead="sgd", inner_lr=0.1, radius=far)
+    seen["retakes",] = far.retakes, far.value
     seen["finite difference",] = finite_difference(*args, inner_lr=0.1).grads
     for p in model.parameters():
         p.grad = None
@@ -469,8 +472,8 @@ def process(rank, folder):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         steps = {"plain": lambda: args[0](model).backward(), "sign": lambda: estimate(args)}
-        steps["guided"] = lambda: estimate(args, noise="guided", inner_lr=0.1)
-        steps["guided_sgd"] = lambda: estimate(args, noise="guided", lookahead="sgd", inner_lr=0.1)
+        steps["guided"] = lambda: estimate(args, estimator="guided", inner_lr=0.1)
+        steps["guided_sgd"] = lambda: estimate(args, estimator="guided", lookahead="sgd", inner_lr=0.1)
         seen["peaks",] = {name: peak(step, model) / (size / 4) for name, step in steps.items()}
     torch.set_default_dtype(torch.float64)
     refusals(seen, rank, mesh)
@@ -543,7 +546,7 @@ def refusals(seen, rank, mesh):
         "unrolled": lambda: unrolled(*args, inner_lr=0.1),
         "neumann": lambda: neumann(*args, inner_lr=0.1),
         "conjugate_gradient": lambda: conjugate_gradient(*args),
-        "plain lookahead": lambda: estimate(args, noise="guided", lookahead=plain),
+        "plain lookahead": lambda: estimate(args, estimator="guided", lookahead=plain),
         "hyperparameter": lambda: estimate((train_loss, val_loss, model, [next(model.parameters())])),
         "group": lambda: estimate(args, group=pair) if rank < 2 else None,
         "bfloat16": lambda: estimate(low),
@@ -634,7 +637,7 @@ def test_replicas_of_shards(seen, float64):
     assert all(torch.equal(parts[0][key], seen[2]["noise", "hybrid", "sign"][key]) for key in parts[0])
     found = of_group(seen, "result", "hybrid", "sign", size=4)
     assert difference(found, one_process("inputs", parts)) < 1e-10
-    assert difference(of_group(seen, "result", "hybrid", "guided", size=4), one_process("inputs", noise="guided")) < 1e-6
+    assert difference(of_group(seen, "result", "hybrid", "guided", size=4), one_process("inputs", estimator="guided")) < 1e-6
     assert all("drew different noise" in seen[rank]["hybrid seeds",][0] for rank in range(4))
 
 
@@ -658,13 +661,19 @@ def test_no_trace_in_training(seen, float64):
         assert seen[rank].get(("factor",), 0) == 0
 
 
+def test_processes_take_a_pair_again_together(seen, float64):
+    expected = estimate(problem("inputs"), estimator="guided", lookahead="sgd", inner_lr=0.1)
+    assert difference(of_group(seen, "far", size=4)[:-2], expected[:-2]) < 1e-6
+    assert len({seen[rank]["retakes",] for rank in range(4)}) == 1 and seen[0]["retakes",][0] > 0
+
+
 def test_lookahead_and_parameters_that_are_given(seen, float64):
     args = problem("inputs")
     ahead = seen[0]["ahead",]
-    expected = estimate(args, noise="guided", lookahead=ahead, inner_lr=0.1)
+    expected = estimate(args, estimator="guided", lookahead=ahead, inner_lr=0.1)
     assert difference(of_group(seen, "lookahead", size=4), expected) < 1e-6
     before = {n: p.detach() + 0.1 for n, p in args[2].named_parameters()}
-    expected = estimate(args, noise="guided", parameters=before, lookahead=args[2].named_parameters())
+    expected = estimate(args, estimator="guided", parameters=before, lookahead=args[2].named_parameters())
     assert difference(of_group(seen, "given", size=4), expected) < 1e-6
     assert difference(of_group(seen, "finite difference", size=4), finite_difference(*args, inner_lr=0.1).grads) < 1e-6
 

@@ -212,7 +212,7 @@ class Problem:
             steps = emptied(mean(self.whole(train_gradient())))
             return self.layout.moved(torch.mul(flat, -inner_lr) for flat in steps)
         given = checks.named(self.model, self.own, lookahead, "lookahead").items()
-        given = {name: self._apart(name, local(tensor)) for name, tensor in given}
+        given = {name: self._apart(name, local(tensor)) for name, tensor in given if name in self.theta}
         return [{name: given.get(name, p) for name, p in self.theta.items()}]
 
     def grads(self, total: Vector.Flat) -> list[Tensor]:
