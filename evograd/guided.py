@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -138,12 +138,16 @@ class AtTheta:
         return gradient
 
     def look(self, needed: bool) -> None:
-        """A pass without a graph for θ, where none is made for the lookahead, and no pattern was handed over."""
+        """A pass without a graph for θ, where none is made for the lookahead, and no pattern was handed over.
+
+        Even where there is none, train_loss draws first, as in training.
+        """
         problem = self.problem
-        if needed and self.kinks.wanted:
-            with self.occasions.of(0, again=True), problem.at([problem.theta]), self.kinks.shared():
-                loss = problem.evaluate(problem.train_loss)
-                self.known = problem.lam.flat(partial(loss, problem.hyperparameters, problem.keeps))
+        with self.occasions.of(0, again=True) if needed else nullcontext():
+            if needed and self.kinks.wanted:
+                with problem.at([problem.theta]), self.kinks.shared():
+                    loss = problem.evaluate(problem.train_loss)
+                    self.known = problem.lam.flat(partial(loss, problem.hyperparameters, problem.keeps))
 
 
 def pairs(

@@ -63,7 +63,8 @@ def mixed_mode(
     check_positive("inner_lr", inner_lr)
     check_lookahead(lookahead)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    occasions = Occasions(problem.draws)
+    # train_loss draws first, as in training, though its pass is the last one
+    occasions = Occasions(problem.draws, {} if lookahead == "sgd" else {"train": problem.draws.state()})
 
     def train_gradient() -> list[Tensor | None]:
         with occasions.first("train"):

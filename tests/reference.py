@@ -43,10 +43,11 @@ def guided_reference(problem, inner_lr, radius):
     """∂ℓ_V/∂λ − η ‖G‖ (∂ℓ_T(θ⁺)/∂λ − ∂ℓ_T(θ⁻)/∂λ) / 2r, both losses with the same random numbers."""
     theta, loss = bare(problem)
     at = {n: p.clone().requires_grad_() for n, p in theta.items()}
+    state = torch.get_rng_state()
     value = loss(problem.val_loss, at)
     gradient = dict(zip(at, torch.autograd.grad(value, list(at.values()), retain_graph=True)))
     norm = torch.cat([g.flatten() for g in gradient.values()]).norm()
-    state, losses = torch.get_rng_state(), []
+    losses = []
     for sign in (1, -1):
         torch.set_rng_state(state)
         losses.append(loss(problem.train_loss, {n: theta[n] + sign * radius * g / norm for n, g in gradient.items()}))

@@ -227,4 +227,4 @@ def test_errors_are_measured(tmp_path, capsys):
     assert all(run["metrics"]["error"] < 0.02 for run in runs if run["config"]["dtype"] != "bfloat16")
     with pytest.raises(SystemExit):
         accuracy.main(["GPT-5"])
-    assert "GPT-5 given; accepted are ResNet-18" in capsys.readouterr().err
+    assert "GPT-5 given; accepted are MLP, 8 wide" in capsys.readouterr().err

@@ -393,3 +393,28 @@ def test_a_function_without_second_derivative_is_refused_where_it_would_be_left_
     exact = evograd.baselines.unrolled(*arguments, inner_lr=ETA).grads[0]
     torch.testing.assert_close(mixed, exact, rtol=1e-9, atol=1e-14)
     assert relative_difference(guided, exact) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", ["guided", "mixed_mode"])
+def test_train_loss_draws_what_the_training_step_draws(estimator):
+    """Dropout's masks after torch.manual_seed are those of a training step after it, wherever G is taken."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    x, y, lam = torch.randn(8, 5).double(), torch.randint(3, (8,)), torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def train_loss(m):
+        seen.append(torch.rand(()).item())  # drawn on the way, as a mask is
+        return (lam.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean()
+
+    def val_loss(m):
+        torch.rand(3)
+        return F.cross_entropy(m(x), y)
+
+    torch.manual_seed(5)
+    expected = torch.rand(()).item()
+    for lookahead in (None, "sgd", dict(model.named_parameters())):
+        torch.manual_seed(5)
+        getattr(evograd, estimator)(train_loss, val_loss, model, [lam], inner_lr=ETA, lookahead=lookahead)
+        assert set(seen) == {expected}
+        seen.clear()
