@@ -275,10 +275,11 @@ class Pair:
         """Errors and warnings where the two of a pair are so close that their difference is rounding."""
         if not precision.low:
             return
-        if self.fixed is None and self.apart < 2:
+        if self.fixed is None and (self.apart < 2 or self.curvature > 0.5):
             raise RuntimeError(
                 f"no radius resolves the difference of a pair in {precision.dtype}: the gradients of the two by the hyperparameters "
-                f"differ by {self.apart:.2g} eps; compute train_loss in more digits, at least around this call"
+                f"differ by {self.apart:.2g} eps, at a curvature of {self.curvature:.2g}; compute train_loss in more digits, at least "
+                "around this call"
             )
         if self.fixed is not None:
             least = precision.eps / 4 * norm(self.layout.tensors).item() * math.exp(self.problem.shards_in_log)

@@ -19,13 +19,13 @@ def start(eps: float) -> float:
 
 
 def target(eps: float) -> float:
-    """Of e: 1e-2 in float32, 1.5e-5 in float64."""
-    return 2.5 * eps ** (1 / 3)
+    """Of e: 1e-2 in float32, 1.5e-5 in float64, 0.15 in bfloat16."""
+    return min(2.5 * eps ** (1 / 3), 0.15)
 
 
 def apart_enough(eps: float) -> float:
     """By so many eps the pair's gradients are to differ: 700 in float32, where those of few hyperparameters may cancel."""
-    return target(eps) ** -1.5
+    return (2.5 * eps ** (1 / 3)) ** -1.5
 
 
 def rounding_rules(curvature: float, apart: float, eps: float) -> bool:
