@@ -1,6 +1,7 @@
 """The pattern of θ and the radius that finds itself: guided is T1–T2 with nothing tuned, wherever it begins."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 import evograd
 from evograd import radius as r
 from evograd.baselines import finite_difference, unrolled
+from evograd.host.problem import Problem
+from evograd.host.processes import Alone
 from evograd.lab.records import read_runs
 from evograd.operations.kinks import KinkMismatch, Kinks
 from resources import accuracy
@@ -180,6 +183,20 @@ def test_no_gradient_no_retake():
     radius = evograd.Radius()
     result = evograd.guided(train_loss, lambda m: 0 * m(torch.ones(2, 1, 12, 12)).sum(), model, lam, inner_lr=LR, radius=radius)
     assert radius.retakes == 0 and not result.grads[0].any()
+
+
+def test_the_scale_is_that_of_what_moves(float64):
+    """A geometric mean of the tensors' norms, by their parts of the direction; a tensor of zeros has no say."""
+    values = {"a": torch.full((4,), 1.0), "far": torch.full((1,), 1e6), "b": torch.full((9,), 10.0), "zero": torch.zeros(5)}
+    model = nn.ParameterDict(values)
+    of = Problem(lambda m: 0, lambda m: 0, model, [torch.ones((), requires_grad=True)], None)
+    direction = {"a": torch.full((4,), 0.5), "far": torch.zeros(1), "b": torch.full((9,), 1 / 3), "zero": torch.full((5,), 0.2)}
+    with of.undisturbed():
+        (bucket,) = of.layout.buckets
+        flat = bucket.flat({i: direction[name] for i, name in enumerate(bucket.names)})
+        size, scale = sys.modules["evograd.guided"].measured(of, [flat], Alone(of, 2))
+    torch.testing.assert_close(size, torch.tensor(2.2).sqrt())
+    torch.testing.assert_close(scale, torch.tensor(2.0 * 30.0).sqrt())  # norms 2 and 30, each with a square of 1 in the direction
 
 
 @pytest.mark.parametrize(("dtype", "apart_at_best"), [(torch.float64, 1e4), (torch.float32, 20), (torch.bfloat16, 8)])
