@@ -7,7 +7,7 @@ source resources/setup_venv.sh
 if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
   cat <<'HELP'
 ./reproduce.sh          set up .venv, run the experiments on data that needs no download, write report/index.html.
-                        About eight minutes on two CPU cores; on a machine with CUDA the device is used.
+                        About five minutes on two CPU cores; on a machine with CUDA the device is used.
 ./reproduce.sh --help   this text
 
 The paper's experiments, on their own data (a GPU is worth having; --device cpu runs anywhere):
