@@ -52,7 +52,7 @@ def unrolled(
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    with problem.undisturbed(), _twice_differentiable():
+    with problem.undisturbed(), twice_differentiable():
         first, val, grads = (_by_higher if engine == "higher" else _by_holding)(problem, inner_lr, n_steps)
         return plain(problem.assemble([grads]), val, first.reshape(1))
 
@@ -63,7 +63,7 @@ def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor
     first = None
     for _ in range(n_steps):
         with problem.holding(theta):
-            loss = _train_loss(problem)
+            loss = training_loss(problem)
             first = loss.detach() if first is None else first
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
@@ -100,7 +100,7 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
             first = None
             for _ in range(n_steps):
                 with own_cache():
-                    loss = _train_loss(problem, functional)
+                    loss = training_loss(problem, functional)
                 _set_modes(functional, modes)
                 first = loss.detach() if first is None else first
                 if loss.requires_grad:
@@ -241,14 +241,14 @@ def _implicit(
 ) -> Hypergradient:
     """∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v, with v of solve(v -> H v, G)."""
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    with problem.undisturbed(), _twice_differentiable():
+    with problem.undisturbed(), twice_differentiable():
         layout = problem.layout
         val, direct, flats = problem.val_gradient([problem.theta])
         gradient = list(layout.named(flats).values())
         leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())
         with problem.holding(leaves):
-            loss = _train_loss(problem)
+            loss = training_loss(problem)
             slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True) if loss.requires_grad else ()
             curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
 
@@ -268,7 +268,7 @@ def _implicit(
 
 
 @contextmanager
-def _twice_differentiable():
+def twice_differentiable():
     """A block in which PyTorch's second derivatives are right, or an error.
 
     RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the second
@@ -312,7 +312,7 @@ _changed = Shared(
 )
 
 
-def _train_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
+def training_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
     """ℓ_T, to be differentiated twice; NotImplementedError for a weight norm that TorchScript computes, and has no right one."""
     closure = problem.train_loss
     loss = problem.scalar(closure, closure(problem.model if model is None else model))

@@ -137,6 +137,12 @@ class Problem:
         """The model at a position, which has no graph of its own."""
         return self.holding(_whole(position)) if self.place is None else self.place.at(position, differentiable=False)
 
+    def partial(self, closure: Closure, at: Position) -> tuple[Tensor, list[Tensor | None]]:
+        """(ℓ, ∂ℓ/∂λ) of a loss at a position, without a graph for θ."""
+        with self.at(at):
+            loss = self.evaluate(closure)
+            return loss.detach(), partial(loss, self.hyperparameters, self.keeps)
+
     def gradient(
         self, closure: Closure, at: Position, take: Callable[[int, Tensor], None]
     ) -> tuple[Tensor, list[Tensor | None]]:
