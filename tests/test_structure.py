@@ -17,6 +17,7 @@ FLOORS = [
     ["lab"],
     ["__init__"],
     ["comparison"],
+    ["ranking"],
     ["baselines"],
     ["hypergradient", "guided", "mixed_mode"],
     ["noise", "evaluation", "measuring", "radius"],
