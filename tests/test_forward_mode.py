@@ -47,7 +47,7 @@ def named(op) -> str:
 
 
 def status(op) -> str:
-    """"right", "refused", or why it cannot be compared; "WRONG" and how far, if it is."""
+    """ "right", "refused", or why it cannot be compared; "WRONG" and how far, if it is."""
     if torch.float64 not in op.supported_dtypes("cpu"):
         return "no float64"
     if op.name in ("bfloat16", "half", "chalf", "float", "cfloat"):
@@ -631,3 +631,122 @@ def test_the_table_says_what_is_wrong():
         assert row.names or row.aten
         assert row.wrong.startswith(("it", "in"))
         assert row.issue is None or row.issue > 100_000
+
+
+# --- gradients that a loss takes itself -----------------------------------------------------------------------------------
+
+
+def _leaf(model, x, given):
+    return torch.autograd.grad(model(given).sum(), given, create_graph=True)[0]
+
+
+def _made(model, x, given):
+    x = x.clone().requires_grad_()
+    u = model(x)
+    return torch.autograd.grad(outputs=u, inputs=x, grad_outputs=u.square(), create_graph=True)[0]
+
+
+def _set(model, x, given):
+    x = x * 1
+    x.requires_grad = True
+    return torch.autograd.grad([model(x).square().sum()], [x], create_graph=True)[0]
+
+
+def _factory(model, x, given):
+    x = torch.full(x.shape, 0.3, requires_grad=True)
+    unused = torch.zeros(2, requires_grad=True)
+    found, nothing = torch.autograd.grad(model(x).sum(), (x, unused), create_graph=True, allow_unused=True)
+    assert nothing is None
+    return found
+
+
+def _third(model, x, given):
+    found = torch.autograd.grad(model(given).sum(), given, create_graph=True)[0]
+    for i in range(2):
+        found = torch.autograd.grad(found[:, i].sum(), given, create_graph=True)[0]
+    return found
+
+
+def _hidden(model, x, given):
+    h = model[0](x).exp().requires_grad_()  # PyTorch makes its tangent of its value
+    return torch.autograd.grad(model[1:](h).square().sum(), h, create_graph=True)[0]
+
+
+def _hidden_in_a_graph(model, x, given):
+    h = model[0](given).exp()
+    by_h, by_given = torch.autograd.grad(model[1:](h.sigmoid()).square().sum(), [h, given], create_graph=True)
+    return by_h + by_given
+
+
+def _batched(model, x, given):
+    rows = torch.eye(len(x))[:, :, None]
+    return torch.autograd.grad(model(given).square(), given, rows, create_graph=True, is_grads_batched=True)[0].sum(0)
+
+
+def _jacobian(model, x, given):
+    return torch.autograd.functional.jacobian(lambda x: model(x).square().sum(0), given, create_graph=True)[0]
+
+
+def _attack(model, x, given):
+    x = x.clone().requires_grad_()
+    return model(x + 0.3 * torch.autograd.grad(model(x).square().sum(), x)[0])  # without create_graph: a constant
+
+
+def _asked(model, x, given):
+    h = model[0](x)
+    return h.square() if h.requires_grad else 0 * h
+
+
+GRADIENTS = [_leaf, _made, _set, _factory, _third, _hidden, _hidden_in_a_graph, _batched, _jacobian, _attack, _asked]
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "layer_norm"])
+@pytest.mark.parametrize("found", GRADIENTS, ids=lambda found: found.__name__[1:])
+def test_gradients_by_inputs_in_a_loss(found, normalized, float64):
+    """Gradient penalties, physics-informed losses, adversarial inputs: λ weighs samples, and is the strength of the penalty."""
+    torch.manual_seed(0)
+    norm = [nn.LayerNorm(4)] if normalized and found is not _third else []  # PyTorch's own third derivative of it is wrong
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), *norm, nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 1))
+    x, y, given = torch.randn(5, 4), torch.randn(5, 1), torch.randn(5, 4, requires_grad=True)
+    weights, strength = torch.zeros(5, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+
+    def train_loss(m):
+        penalty = found(m, x, given).square().sum(1)
+        return F.mse_loss(m(x), y) + (weights.exp() * penalty).mean() + strength.exp() * (penalty + 0.1).sqrt().mean()
+
+    problem = train_loss, lambda m: F.mse_loss(m(x), y), model, [weights, strength]
+    right = evograd.baselines.unrolled(*problem, inner_lr=0.1).grads
+    assert relative_difference(evograd.mixed_mode(*problem, inner_lr=0.1).grads, right) < 1e-10
+    if found not in (_attack, _asked):  # what is detached moves with a candidate, which has no graph
+        assert relative_difference(evograd.guided(*problem, inner_lr=0.1).grads, right) < 1e-6
+
+
+def _by_weights(model, x):
+    return torch.autograd.grad(model(x).square().sum(), model.parameters(), create_graph=True)[0]
+
+
+def _unmarked(model, x):
+    h = model[0](x)
+    return torch.autograd.grad(model[1:](h).sum(), h, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("estimator", [evograd.guided, evograd.hypergradient, evograd.mixed_mode])
+@pytest.mark.parametrize("found", [_by_weights, _unmarked])
+def test_gradients_without_a_graph_are_one_sentence(found, estimator):
+    model, x, strength = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(5, 4), torch.ones((), requires_grad=True)
+    train_loss = lambda m: m(x).square().mean() + strength * found(m, x).square().sum()
+    with pytest.raises(
+        RuntimeError, match=r"gradient.* by the model's parameters .* for evograd.baselines.unrolled.* requires_grad_\(\)"
+    ):
+        estimator(train_loss, lambda m: m(x).sum(), model, [strength], inner_lr=0.1)
+
+
+def test_backward_in_a_loss_is_refused(float64):
+    model, x, strength = nn.Linear(4, 4), torch.randn(5, 4), torch.ones((), requires_grad=True)
+
+    def train_loss(m):
+        m(x).sum().backward()
+        return strength * m(x).square().mean()
+
+    with pytest.raises(NotImplementedError, match="backward.. in it cannot be followed; call torch.autograd.grad"):
+        evograd.mixed_mode(train_loss, lambda m: m(x).sum(), model, [strength], inner_lr=0.1)

@@ -23,6 +23,8 @@ from .vectors import Layout, Position, Vector
 
 _looked: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # code of losses that `Problem._check_place` has seen
 
+NO_GRAPH = ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad")
+
 
 class Problem:
     """A bilevel problem min_λ ℓ_V(θ*(λ), λ) around the parameters θ of a model.
@@ -99,11 +101,23 @@ class Problem:
 
     def evaluate(self, closure: Closure) -> Tensor:
         """closure(model), checked to be a scalar, as ()."""
-        return self.scalar(closure, closure(self.model))
+        try:
+            return self.scalar(closure, closure(self.model))
+        except RuntimeError as error:
+            if any(words in str(error) for words in NO_GRAPH):
+                raise RuntimeError(
+                    f"{self._which(closure)} takes a gradient in which there is no graph here ({error}): gradients by the model's "
+                    "parameters inside of a loss are for evograd.baselines.unrolled; by other tensors, call requires_grad_() on them "
+                    "before they are used"
+                ) from error
+            raise
+
+    def _which(self, closure: Closure) -> str:
+        return "train_loss" if closure is self.train_loss else "val_loss"
 
     def scalar(self, closure: Closure, value: object) -> Tensor:
         """The value of a loss, as ()."""
-        which = "train_loss" if closure is self.train_loss else "val_loss"
+        which = self._which(closure)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
