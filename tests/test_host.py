@@ -784,3 +784,51 @@ def test_buffers_of_other_kinds(kind, estimator, float64):
             results.append(run(problem.train_loss, problem.val_loss, model, problem.hyperparameters).grads)
         assert model.matrix is of and model.calls == 0
     assert len(results) == 1 or relative_difference(*results) < 1e-6
+
+
+class Sets(nn.Module):
+    """Of a set of vectors each, in a nested tensor, or in a list: the mean of what a layer makes of them."""
+
+    def __init__(self, kinked):
+        super().__init__()
+        self.first, self.last, self.kinked = nn.Linear(D, 6).double(), nn.Linear(6, C).double(), kinked
+
+    def forward(self, sets):
+        if isinstance(sets, torch.Tensor):
+            parts = self.kinked(self.first(sets)).unbind()
+        else:
+            parts = [self.kinked(self.first(part)) for part in sets]
+        return self.last(torch.stack([part.mean(0) for part in parts]))
+
+
+KINKED = {"relu": F.relu, "relu6": F.relu6, "elu": lambda t: F.elu(t, 2.0), "clamp": lambda t: t.clamp(-0.3, 0.3)}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("kinked", KINKED)
+def test_nested_tensors_are_for_estimators_of_first_order(kinked):
+    torch.manual_seed(0)
+    sets, y = [torch.randn(n, D).double() for n in (3, 9, 2, 4)], torch.tensor([0, 1, 2, 1])
+    weights, model = torch.zeros(4).double().requires_grad_(), Sets(KINKED[kinked])
+    nested = torch.nested.nested_tensor(sets, layout=torch.jagged)
+    of = lambda x: (
+        lambda m: (weights.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean(),
+        lambda m: F.cross_entropy(m(x), y),
+        model,
+        [weights],
+    )
+    right = b.unrolled(*of(sets), inner_lr=ETA).grads
+    ahead = {name: p.detach() for name, p in model.named_parameters()}
+    for settings in ({}, dict(strategy="in_place"), dict(share_kinks=False)):
+        assert relative_difference(evograd.guided(*of(nested), inner_lr=ETA, **settings).grads, right) < 1e-6
+    kinks = evograd.operations.kinks.Kinks(packed=True)
+    with kinks.record():
+        of(nested)[0](model)
+    settings = dict(inner_lr=ETA, lookahead=ahead)
+    expected = evograd.guided(*of(sets), **settings).grads
+    assert relative_difference(evograd.guided(*of(nested), kinks=kinks, **settings).grads, expected) < 1e-6
+    with pytest.raises(NotImplementedError, match="nested tensors cannot be used.*unbind.* or use evograd.guided"):
+        evograd.mixed_mode(*of(nested), inner_lr=ETA)
+    for estimator in (b.unrolled, b.neumann):
+        with pytest.raises(RuntimeError, match="double backward through a nested tensor, .*unbind.* guided need first derivatives alone"):
+            estimator(*of(nested), inner_lr=ETA)

@@ -71,6 +71,7 @@ LIMITS = (
     ("doesn't have storage", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
     ("storage of TensorWrapper", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
     ("tensors do not have strides", "where sparse tensors cannot be used: {error}", "make them dense"),
+    ("NestedTensor does not support", "where nested tensors cannot be used: {error}", "take their parts before the first layer (unbind())"),
     ("derivative for", "and the formula of an operation in it cannot be differentiated again: {error}", PLAIN),
     ("functorch", "where this cannot be done: {error}", "leave it out"),
 )
