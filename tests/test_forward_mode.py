@@ -518,6 +518,8 @@ ALLOWED = {
     "prediction": lambda h: h * float((h.argmax(1).numpy() > 3).mean()),
     "control by values": lambda h: h * 2 if h.sum() > 0 else h * 3,
     "in place on a view": lambda h: (lambda z: (z[:, 0].mul_(2), z)[1])(h * 1),
+    "foreach norms": lambda h: h * torch.stack(torch._foreach_norm([h, h.square()])).sum(),
+    "foreach 1-norms": lambda h: h * torch.stack(torch._foreach_norm([h, h.exp()], 1)).sum(),
     "tensor_split": lambda h: torch.cat(h.tensor_split(torch.tensor([2, 5]), 1)[::-1], 1),
 }
 

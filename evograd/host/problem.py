@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operations.forward_mode import bare, nodes
+from ..operations.threads import one_at_a_time
 from . import checks
 from .checks import Closure, Parameters
 from .draws import Draws
@@ -253,10 +254,15 @@ class Problem:
 
     @contextmanager
     def undisturbed(self):
-        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too.
+        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too. Other threads wait.
 
         RuntimeError if a closure has written into the model's parameters, which cannot be undone.
         """
+        with one_at_a_time, self._undisturbed():
+            yield
+
+    @contextmanager
+    def _undisturbed(self):
         tensors = {id(t): t for t in [*self.own.values(), *self.hyperparameters]}.values()
         before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
         versions = {name: p._version for name, p in self.own.items() if not p.is_inference()}

@@ -634,6 +634,7 @@ ROWS = (
     Row("nn.functional.glu", glu, tangents, "its formula has no derivative in reverse mode"),
     Row("aminmax Tensor.aminmax", least_and_largest, tangents, "it writes into tensors of zeros"),
     Row("std Tensor.std std_mean", by_reverse, tangents, "its formula divides by zero where all values are equal"),
+    Row("_foreach_norm", by_reverse, tangents, "its formula keeps the dimensions that are summed over"),
     Row("lstm gru rnn_tanh rnn_relu", recurrent, wrapped, NO_FORMULA),
     Row("_pack_padded_sequence _pad_packed_sequence tensor_split Tensor.tensor_split", by_reverse, wrapped, NO_STORAGE),
     Row("Tensor.tolist", of_values, wrapped, NO_STORAGE),
