@@ -113,7 +113,7 @@ def decode(name: str, size: int) -> Tensor:
 
 
 def open_image(name: str | Path, at_least: int = 1 << 30):
-    """A file -> a PIL image in RGB, upright. ValueError names a file that is no image, or not whole.
+    """A file -> a PIL image in RGB, upright, on white where it is transparent. ValueError names a file that is no image, or not whole.
 
     at_least: of a JPEG file that is 2, 4 or 8 times as large as that on both sides, no more is decoded than is left at a half, a
     quarter or an eighth of its size. What is made of it by scaling it to half of `at_least` differs by 3 of 255 (root mean square).
@@ -126,9 +126,11 @@ def open_image(name: str | Path, at_least: int = 1 << 30):
             image = ImageOps.exif_transpose(opened)  # cameras write how they were held, and turn nothing
             if image.mode.startswith("I"):  # 16 bits: PIL would cut off at 255
                 pixels = np.asarray(image).astype(np.int64)
+                pixels = np.where(pixels == image.info.get("transparency"), 2**16 - 1, pixels)
                 return Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if "transparency" in image.info:
+            if image.mode[-1] in "Aa" or "transparency" in image.info:  # what lies under alpha 0 was never to be seen
                 image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is empty" if not Path(name).stat().st_size else f"{name} is no image") from error

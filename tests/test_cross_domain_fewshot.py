@@ -512,7 +512,7 @@ def test_file_lists(lists):
 
 def half_white(mode):
     """The left half is black, the right one is white."""
-    image = Image.new(mode, (40, 20), {"CMYK": (0, 0, 0, 255)}.get(mode, 0))
+    image = Image.new(mode, (40, 20), {"CMYK": (0, 0, 0, 255), "RGBA": (0, 0, 0, 255), "LA": (0, 255)}.get(mode, 0))
     white = {"RGB": (255,) * 3, "CMYK": (0,) * 4, "RGBA": (255,) * 4, "LA": (255, 255)}.get(mode, 255)
     image.paste(white, (20, 0, 40, 20))
     return image
@@ -536,6 +536,39 @@ def test_images_of_every_kind_look_as_they_are(kind, tmp_path):
     left, right = data.decode(str(path), 20).float().mean((0, 1)).split(10)
     assert left.mean() < (70 if kind == "16" else 10) and right.mean() > 245
     assert kind != "16" or left.mean() > 50
+
+
+def transparent(kind, under):
+    """A square that is black on the left and to be seen through on the right, where its file says `under`; and a half between."""
+    alpha = Image.new("L", (40, 40), 255)
+    alpha.paste(0, (20, 0, 40, 40))
+    square = Image.new("L", (40, 40), 0)
+    square.paste(under, (20, 0, 40, 40))
+    if kind in ("RGBA", "LA"):
+        alpha.paste(128, (0, 20, 20, 40))
+        square = square.convert(kind[:-1])
+        square.putalpha(alpha)
+        return square, {}
+    if kind == "P":
+        return square.convert("RGB").quantize(2), {}
+    return square.convert(kind), {"transparency": (under,) * 3 if kind == "RGB" else under}
+
+
+@pytest.mark.parametrize("under", [30, 255])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
+def test_what_is_transparent_is_white_whatever_lies_under_it(kind, under, tmp_path):
+    path = tmp_path / "image.png"
+    image, settings = transparent("L" if kind == "I;16" else kind, under)
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 256)
+        settings = {"transparency": under * 256}
+    if kind == "P":
+        clear = image.getpixel((30, 0))
+        settings = {"transparency": bytes(0 if i == clear else 255 for i in range(2))}
+    image.save(path, **settings)
+    seen = np.asarray(data.open_image(path))
+    assert (seen[:, 20:] == 255).all() and (seen[:20, :20] == 0).all()
+    assert abs(int(seen[30, 10, 0]) - (127 if kind in ("RGBA", "LA") else 0)) <= 1
 
 
 @pytest.mark.parametrize("turned", [False, True])
