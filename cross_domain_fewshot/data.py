@@ -88,16 +88,19 @@ class Images:
         classes = rng.choice(len(self.classes), n_way, replace=False)
         return np.stack([rng.choice(self.classes[c], n_images, replace=False) for c in classes])
 
-    def check(self, n_way: int, n_images: int) -> None:
+    def check(self, n_way: int, n_shot: int, n_query: int) -> None:
         """ValueError if the list cannot give an episode."""
-        where = f"{self.domain}/{self.split}"
-        if len(self.classes) < n_way:
-            raise ValueError(f"{where} has {len(self.classes)} classes; an episode needs {n_way}")
+        where, n = f"{self.domain}/{self.split}", len(self.classes)
+        if n < n_way:
+            split = "" if not self.names else "; prepare folders … --split gives a list more of them"
+            smaller = f"; --n-way {n} takes them" if n > 1 else ""
+            raise ValueError(f"{where} has {n} classes; an episode needs {n_way} (--n-way){smaller}{split}")
         smallest = min(self.classes, key=len)
-        if len(smallest) < n_images:
+        if len(smallest) < n_shot + n_query:
+            folder = f", in {Path(self.names[smallest[0]]).parent}," if self.names else ""
             raise ValueError(
-                f"{where}: class {self.labels[smallest[0]]} has {len(smallest)} images; "
-                f"an episode needs {n_images} of each class (shots and queries)"
+                f"{where}: class {self.labels[smallest[0]]}{folder} has {len(smallest)} images; an episode needs "
+                f"{n_shot + n_query} of each class (--n-shot {n_shot} and --n-query {n_query})"
             )
 
 
@@ -148,8 +151,8 @@ def load_domain(data: str, data_dir: str, domain: str, split: str, image_size: i
     if not path.is_file():
         there = sorted(p.parent.name for p in Path(data_dir).glob(f"*/{split}.json"))
         raise FileNotFoundError(
-            f"domain {domain!r} is not there: no file {path}. Under {data_dir}: {', '.join(there) or 'no domain'}. "
-            "python -m cross_domain_fewshot.prepare writes these lists"
+            f"domain {domain!r} is not there: no file {path}. Under --data-dir {data_dir}: {', '.join(there) or 'no domain'}. "
+            "Name another folder, or write the lists by python -m cross_domain_fewshot.prepare"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

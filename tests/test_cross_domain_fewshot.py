@@ -338,11 +338,14 @@ def test_encoder_is_handed_over(tmp_path, capsys):
     checkpoints.save(file, state)
     other = run(tmp_path, "none", "--encoder", str(file), "--skip-done")["config"]
     assert other.pop("encoder_fingerprint") != first.pop("encoder_fingerprint") and other == first
-    for backbone in ("conv6", "resnet10"):
-        wrong = ["--backbone", backbone, "--image-size", "32", "--encoder", str(file)]
+    words = {
+        "conv6": "is of --backbone conv4; this run has --backbone conv6",
+        "resnet10": "--width 4 given, but --backbone resnet10 has its own; Conv-4 and Conv-6 take it",
+    }
+    for backbone, word in words.items():
         with pytest.raises(SystemExit):
-            run(tmp_path, "none", *wrong)
-        assert f"is of --backbone conv4; this run has --backbone {backbone}" in capsys.readouterr().err
+            run(tmp_path, "none", "--backbone", backbone, "--image-size", "32", "--encoder", str(file))
+        assert word in capsys.readouterr().err
 
 
 def test_an_encoder_that_is_stopped_and_resumed_is_the_same(tmp_path, monkeypatch, capsys):
@@ -706,8 +709,15 @@ def test_bad_file_lists(lists, refused):
         return refused(lambda extra: train_on_files(lists, *extra), extra)
 
     assert "domain 'cub' is not there" in (text := message("--held-out", "cub")) and "a, b, c" in text
-    assert "an episode needs 14 of each class" in (text := message("--n-query", "13")) and "has 4 images" in text
-    assert "a/base has 4 classes; an episode needs 5" in message("--n-way", "5")
+    few = ("--n-query", "13")
+    assert "an episode needs 14 of each class (--n-shot 1 and --n-query 13)" in (text := message(*few)) and "has 4 images" in text
+    assert f"in {lists / 'images' / 'a'}" in text
+    assert text == message(*few, "--check")
+    many = message("--n-way", "5")
+    assert "a/base has 4 classes; an episode needs 5 (--n-way); --n-way 4 takes them; prepare folders … --split gives" in many
+    train_on_files(lists, "--check")
+    assert not (lists / "runs.jsonl").exists()  # by failed runs neither
+    assert "Under --data-dir none: no domain. Name another folder" in message("--data-dir", "none")
     for i in range(4):
         (lists / "images" / "b" / "class2" / f"{i}.png").unlink()
     text = message()
