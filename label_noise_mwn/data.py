@@ -77,7 +77,9 @@ class Task:
         """ValueError where there are not so many pixels to reflect."""
         h, w = self.train.images.shape[2:]
         if padding >= min(h, w):
-            raise ValueError(f"--crop-padding {padding} given; for images of {h} x {w} pixels at most {min(h, w) - 1} is accepted")
+            raise ValueError(
+                f"--crop-padding {padding} given; for images of {h} x {w} pixels at most {min(h, w) - 1} is accepted"
+            )
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 pixels -> float32, mean 0 and standard deviation 1 for each channel."""
@@ -227,9 +229,7 @@ def _statistics(images: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), (share @ values**2 - mean**2).clamp_min(1e-6).sqrt().tolist()
 
 
-def _balanced(
-    labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str, after: str = ""
-) -> tuple[Tensor, Tensor]:
+def _balanced(labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str, after: str = "") -> tuple[Tensor, Tensor]:
     """(n of the indices `order`, the same number of every class; the others). after: what has taken of them before."""
     if n % n_classes:
         raise ValueError(f"{flag} {n} given; a multiple of the number of classes, {n_classes}, is accepted")

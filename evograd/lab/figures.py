@@ -1,8 +1,8 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, every estimate's quality over FLOPs and over time;
-                                                    resources/cover.png, the README's first figure, over time and memory,
-                                                    from evograd.compare's outputs in resources/comparisons.md
+python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, every estimate's quality over FLOPs and over time;
+                                                resources/cover.png, the README's first figure, over time and memory,
+                                                from evograd.compare's outputs in resources/comparisons.md
 """
 
 import re
@@ -45,6 +45,16 @@ TITLES = {
     "neumann": "Neumann series",
     "conjugate_gradient": "conjugate gradients",
 }
+
+
+def over_epochs(axis) -> None:
+    """An axis of whole epochs, be it of one alone."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    left, right = axis.get_xlim()
+    if right - left < 1:
+        middle = round((left + right) / 2)
+        axis.set_xlim(middle - 0.5, middle + 0.5)
 
 
 def runs_to_plot(
