@@ -79,6 +79,7 @@ def main(argv=None):
         found = keeper.resume()
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
+        cli.check_batch(args.batch_size, len(images.labels), "images")
         n_workers = prepare_loading([images], args.cache_gb, args.workers, args.device)
     classifier = nn.Linear(encoder.channels, len(images.classes)).to(args.device)
     optimizer = methods.optimizer(torch.optim.Adam, [*encoder.parameters(), *classifier.parameters()], lr=args.lr)

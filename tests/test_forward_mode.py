@@ -752,3 +752,50 @@ def test_backward_in_a_loss_is_refused(float64):
 
     with pytest.raises(NotImplementedError, match="backward.. in it cannot be followed; call torch.autograd.grad"):
         evograd.mixed_mode(train_loss, lambda m: m(x).sum(), model, [strength], inner_lr=0.1)
+
+
+class Equilibrium(nn.Module):
+    """z = tanh(w z + u x), by iteration; its gradient by a hook on z, or through the iteration."""
+
+    def __init__(self, hooked):
+        super().__init__()
+        self.w, self.u, self.out, self.hooked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1), hooked
+        nn.init.uniform_(self.w.weight, -0.2, 0.2)
+
+    def forward(self, x):
+        step, z = lambda z: torch.tanh(self.w(z) + self.u(x)), torch.zeros(len(x), 4)
+        with torch.set_grad_enabled(not self.hooked):
+            for _ in range(60):
+                z = step(z)
+        if self.hooked:
+            z = step(z)
+            if z.requires_grad:
+                at = z.detach().requires_grad_()
+                once = step(at)
+
+                def solved(g):
+                    v = g
+                    for _ in range(60):
+                        v = torch.autograd.grad(once, at, v, retain_graph=True)[0] + g
+                    return v
+
+                z.register_hook(solved)
+        return self.out(z)
+
+
+def test_a_hook_on_a_tensor_is_refused_and_those_of_modules_are_as_without_gradients(float64):
+    """An implicit gradient: guided has the right value, and mixed mode would not call the hook."""
+    torch.manual_seed(0)
+    x, y, weights = torch.randn(8, 4), torch.randn(8, 1), torch.zeros(8, requires_grad=True)
+    train_loss, val_loss = lambda m: (weights.exp() * (m(x) - y).square()[:, 0]).mean(), lambda m: F.mse_loss(m(x), y)
+    plain, hooked = Equilibrium(False), Equilibrium(True)
+    hooked.load_state_dict(plain.state_dict())
+    right = evograd.baselines.unrolled(train_loss, val_loss, plain, [weights], inner_lr=0.3).grads
+    assert relative_difference(evograd.guided(train_loss, val_loss, hooked, [weights], inner_lr=0.3).grads, right) < 1e-6
+    with pytest.raises(NotImplementedError, match="does not call the hooks of a tensor .register_hook.*or use evograd.guided"):
+        evograd.mixed_mode(train_loss, val_loss, hooked, [weights], inner_lr=0.3)
+    seen = []
+    plain.out.register_full_backward_hook(lambda *_: seen.append(1))
+    plain.out.register_full_backward_pre_hook(lambda *_: seen.append(1))
+    assert relative_difference(evograd.mixed_mode(train_loss, val_loss, plain, [weights], inner_lr=0.3).grads, right) < 1e-10
+    assert seen  # in the passes of first order

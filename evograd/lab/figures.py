@@ -1,8 +1,8 @@
 """What the figures of all experiments share: colours, names, the command line of a plot.py, and how a figure is written.
 
-python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, every estimate's quality over FLOPs and over time;
-                                                resources/cover.png, the README's first figure, over time and memory,
-                                                from evograd.compare's outputs in resources/comparisons.md
+    python -m evograd.lab.figures [FILE.jsonl …]    resources/quality.png, every estimate's quality over FLOPs and over time;
+                                                    resources/cover.png, the README's first figure, over time and memory,
+                                                    from evograd.compare's outputs in resources/comparisons.md
 """
 
 import re

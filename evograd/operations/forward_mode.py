@@ -22,8 +22,9 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import BackwardHook
 
-from .threads import Shared
+from .threads import Shared, replaced
 
 
 def directional(
@@ -37,7 +38,7 @@ def directional(
     first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
     replacing = Replacing()
     looking = Unseen(replacing) if scripted(model) else None
-    with looking or nullcontext(), replacing:
+    with looking or nullcontext(), replacing, replaced((BackwardHook, "_apply_on_tensors", _without_hooks)):
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     if looking and looking.found:
         raise unseen(*looking.found)
@@ -326,6 +327,25 @@ def tracked(x: Tensor, requires_grad: bool = True) -> Tensor:
 def is_tracked(x: Tensor) -> bool:
     """requires_grad, as it is outside of forward mode."""
     return bare(x).requires_grad or _tangent(x) is not None
+
+
+def hook(x: Tensor, function: Callable):
+    """register_hook in a loss. One that would change the gradient by θ is not heeded in forward mode."""
+    if _tangent(x) is not None:
+        raise NotImplementedError(
+            "mixed_mode takes train_loss in forward mode, which does not call the hooks of a tensor (register_hook), and they may "
+            "change its gradient; leave them out, or use evograd.guided, which calls them"
+        )
+    with retrieve_current_functorch_interpreter().lower():
+        return bare(x).register_hook(function)
+
+
+_apply = BackwardHook._apply_on_tensors
+
+
+def _without_hooks(hook: BackwardHook, function: Callable, args: tuple):
+    """Modules' backward hooks: as where nothing requires grad. Their function has no formula of forward mode."""
+    return (args, None) if wrapped([t for t in args if isinstance(t, Tensor)]) else _apply(hook, function, args)
 
 
 def backward(*args, **kwargs):
@@ -685,6 +705,7 @@ _OF_REVERSE_MODE = {
     Tensor.requires_grad_: tracked,
     Tensor.requires_grad.__set__: tracked,
     Tensor.requires_grad.__get__: is_tracked,
+    Tensor.register_hook: hook,
     Tensor.backward: backward,
     torch.autograd.backward: backward,
 }
