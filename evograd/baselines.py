@@ -278,12 +278,20 @@ def twice_differentiable():
         with _changed:
             yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("donated buffers", "does not currently support double backward")):
-            raise
-        raise RuntimeError(
-            "double backward through a compiled model, which PyTorch has not; take it uncompiled. EvoGrad and guided need first "
-            "derivatives alone, and mixed mode takes its plain form"
-        ) from error
+        for words, what in NO_DOUBLE_BACKWARD:
+            if words in str(error):
+                raise RuntimeError(f"double backward through {what}. EvoGrad and guided need first derivatives alone") from error
+        raise
+
+
+COMPILED = "a compiled model, which PyTorch has not; take it uncompiled, as mixed mode does"
+NESTED = "a nested tensor, which PyTorch has not; take its parts before the first layer (unbind())"
+NO_DOUBLE_BACKWARD = (  # words of PyTorch's error, and what it means
+    ("donated buffers", COMPILED),
+    ("does not currently support double backward", COMPILED),
+    ("output of a function that returns multiple views", NESTED),
+    ("_nested_from_padded_tensor", NESTED),
+)
 
 
 _delayed = torch._C._functions.DelayedError

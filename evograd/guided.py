@@ -80,7 +80,8 @@ def guided(
             resolve, and kinks of another pass. A warning tells where no radius resolves the difference.
 
     What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between candidates: compute it once, at θ, and
-    hand it to all of them (the input of label noise's weight net, that of MetaXL's transformation).
+    hand it to all of them (the input of label noise's weight net, that of MetaXL's transformation). Straight-through and commitment
+    terms cannot: for these take `evograd.mixed_mode`.
     """
     _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy), strategy == "retain")

@@ -17,6 +17,7 @@ FLOORS = [
     ["lab"],
     ["__init__"],
     ["comparison"],
+    ["ranking"],
     ["trajectory"],
     ["products", "lookback"],
     ["baselines"],

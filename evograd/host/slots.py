@@ -19,6 +19,8 @@ from .draws import on_the_host
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+NUMBERS |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # by which one can multiply: not bool, float8, uint16
 SMALL = 2**16  # elements of a plain tensor that is copied, so that what is written into it can be undone
 
 
@@ -69,6 +71,7 @@ class Slots:
         self.originals: list[tuple[object, object, Tensor]] = []
         self.buffers: dict[int, Tensor] = {}
         self.written: set[int] = set()  # weights that their module writes into as it is called
+        self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors that stay, and are put back: they are no dense buffers
         self.block: object = None  # the innermost one that is open
         for prefix, module in model.named_modules():
             self.modules.append(module)
@@ -78,12 +81,14 @@ class Slots:
                         self.parameters[f"{prefix}.{name}" if prefix else name] = tensor
                     self._add(module._parameters, name, tensor)
             for name, tensor in module._buffers.items():
-                if tensor is not None:
+                if tensor is not None and (tensor.layout is not torch.strided or tensor.is_quantized):
+                    self.plain.append((module, name, tensor))
+                    self.originals.append((module._buffers, name, tensor))
+                elif tensor is not None:
                     self.buffers[id(tensor)] = tensor
                     self._add(module._buffers, name, tensor)
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 self.written.add(id(module.weight))
-        self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors in attributes that are neither parameter nor buffer
         self.containers: list[object] = []  # of the modules, beside those that every module has
         for module in self.modules:
             for name in vars(module).keys() - OF_EVERY_MODULE:
@@ -172,7 +177,7 @@ class Slots:
             if copy is None:
                 raise RuntimeError(
                     f"{type(module).__name__}.{name}, a tensor of shape {tuple(tensor.shape)}, was written into by a loss: one "
-                    "candidate would see what another has left there. Make it a buffer (register_buffer), of which every candidate "
+                    "candidate would see what another has left there. Make it a dense buffer (register_buffer), of which every candidate "
                     "gets a copy, or bind the attribute to a new tensor"
                 )
 
@@ -262,7 +267,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each, by one operation for each kind of number."""
     groups: dict[tuple, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        kind = tensor.dtype if type(tensor) in (Tensor, FakeTensor) and tensor.dtype != torch.bool else i
+        kind = tensor.dtype if type(tensor) in (Tensor, FakeTensor) and tensor.dtype in NUMBERS else i
         groups.setdefault((kind, tensor.device), []).append(i)
     result: list[Tensor] = [None] * len(tensors)
     for (kind, _), members in groups.items():
