@@ -8,7 +8,8 @@ guided's pair is one nudge of Zucchet et al. (Neural Computation 2022).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from .host.checks import Closure, Parameters, check_choice, check_count, check_p
 from .host.precision import full_precision
 from .host.problem import Problem
 from .host.result import Hypergradient, check_finite, estimator
+from .host.slots import clones, write
 from .lookback import Lookback
 from .optimizers import Update, update_of
 from .products import WAYS
@@ -169,6 +171,41 @@ class Trajectory:
         model = self.recording.model
         group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
         return processes.team(problem, group, "batch", 2, [("mean", 0)])
+
+
+def one_step(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    by: str = "guided",
+    parameters: Parameters = None,
+) -> TrajectoryHypergradient:
+    """Through the step that the optimizer would make now. Model and optimizer are left as they were, after an error too."""
+    with _undone(model, optimizer):
+        trajectory = Trajectory(model, optimizer, hyperparameters, parameters=parameters, by=by)
+        trajectory.step(train_loss)
+        return trajectory.hypergradient(val_loss)
+
+
+@contextmanager
+def _undone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A step that is made within the block is taken back."""
+    own = [*model.parameters(), *model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    states = {p: dict(state) for p, state in optimizer.state.items()}
+    own += [s for state in states.values() for s in state.values() if isinstance(s, Tensor)]
+    values = clones(own)
+    try:
+        yield
+    finally:
+        write(own, values)
+        for p, gradient in grads:
+            p.grad = gradient
+        optimizer.state.clear()
+        optimizer.state.update(states)
 
 
 def added(a: list[Tensor], b: list[Tensor] | None) -> list[Tensor]:
