@@ -21,11 +21,12 @@ from .host.checks import Closure, Parameters, check_choice, check_count, check_p
 from .host.precision import full_precision
 from .host.problem import Problem
 from .host.result import Hypergradient, check_finite, estimator
+from .host.sharded import local
 from .host.slots import clones, write
 from .lookback import Lookback
 from .optimizers import Update, update_of
 from .products import WAYS
-from .radius import Radius
+from .radius import Radius, target
 from .recording import Recording
 
 STRATEGIES = ("stream", "in_place")
@@ -118,6 +119,7 @@ class Trajectory:
         if by != "guided" and self.recording.sharding is not None:
             refuse_sharded(self.recording.parameters)
 
+    @estimator
     def step(self, train_loss: Closure | Sequence[Closure], *, clip_norm: float | None = None, scaler=None) -> Tensor:
         """One training step, bit for bit that of zero_grad(), backward(), optimizer.step(); -> the loss, (), without a graph.
 
@@ -197,6 +199,7 @@ def _undone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None
     grads = [(p, p.grad) for p in model.parameters()]
     states = {p: dict(state) for p, state in optimizer.state.items()}
     own += [s for state in states.values() for s in state.values() if isinstance(s, Tensor)]
+    own = [local(t) for t in own]
     values = clones(own)
     try:
         yield
@@ -234,6 +237,6 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
         )
     if growth > GROWN:
         warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))
-    elif products.curvature is not None and products.curvature > CURVED:
+    elif products.curvature is not None and products.curvature > max(CURVED, 2 * target(products.eps)):
         warn(ILL.format(f"the curvature of pairs is {products.curvature:.2g} at every radius (0.01 is right in float32)"))
     return result
