@@ -34,7 +34,7 @@ GROWN, CURVED = 1e3, 0.1  # how far the direction may grow on its way back, and 
 ANOTHER = 0.05  # by how much a loss, and its gradient by λ, may both change to θ's neighbours
 ILL = (
     "{}: the hypergradient may be far off. Begin after a warm-up, in which Adam's second moment grows (step with the optimizer "
-    "alone, or clear()), take fewer steps, a larger eps, or second_moment='frozen'"
+    "alone, or clear()), take fewer steps, or a larger eps"
 )
 
 
@@ -74,8 +74,7 @@ class Trajectory:
         sides: passes for each step back: 1, beside the gradients of the training step itself, with a pair now and then that shows
             the radius; or 2, a central difference, for a third more.
         radius: r > 0, or a `Radius` that several trajectories share. Default: one of its own, which each call carries on.
-        second_moment: "frozen" holds √v of Adam, AdamW, RMSprop and Adagrad constant in the product, which is well conditioned
-            where its derivative is not (first steps, tiny gradients).
+        second_moment: "frozen" holds √v of Adam, AdamW, RMSprop and Adagrad constant in the product.
         update: (θ, g, state, settings) -> (θ', state'), the step of an optimizer that is not known, for each tensor.
         by: "guided", passes; "mixed_mode", forward mode; "unrolled", double backward: the last two are exact, and references.
         every: k keeps each k-th state alone, and runs the steps between again: three plain steps a step, 2√N states for k = √N.
