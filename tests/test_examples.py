@@ -156,7 +156,7 @@ def test_fsdp2_in_two_processes_is_that_of_one(tmp_path):
         found[size] = [end["result"] for end in ends]
     for weights in found[2]:
         assert torch.allclose(weights, found[1][0], atol=2e-3)
-    assert found[1][0].abs().max() > 0.1
+    assert found[1][0].abs().max() > 0.05
 
 
 def sharded_loop(rank):
