@@ -1,14 +1,15 @@
 """Does λ move? The paper's EvoGrad at its own scale beside T1–T2, the decay of λ and Adam's eps, in trainings by EvoGrad.
 
     python -m resources.displacement label_noise --data cifar10_jpeg.npz --seed 1            the first 300 steps
-    python -m resources.displacement label_noise --data cifar10_jpeg.npz --start FILE.pt     from a checkpoint of label_noise_mwn.train
+    python -m resources.displacement label_noise --data cifar10_jpeg.npz --start FILE.pt     from a checkpoint of train.py
     python -m resources.displacement few_shot --data filelists --data-dir DIR --held-out cub
     python -m resources.displacement cross_lingual --data ner --data-dir DIR --target qu --encoder FOLDER
     python -m resources.displacement figure                                                  resources/displacement.png
 
-Further flags are those of the experiment's train.py. In the first --window steps of every --every norms are taken of EvoGrad's
-hypergradient (its own inner learning rate, 1e-5), of T1–T2's (the model's rate, by mixed mode), and of decay times λ.  `moved` is
-‖λ − λ₀‖ / ‖λ₀‖; `moved_by_decay` the same had every gradient been zero; `moved_with_eps` had Adam its usual eps.
+Further flags are those of the experiment's train.py; λ has the optimizer of the authors' code. In the first --window steps of
+every --every norms are taken of EvoGrad's hypergradient (at its own inner learning rate, 1e-5), of T1–T2's (at the model's, by
+mixed mode), of decay times λ, and of a vector of Adam's eps.  `moved`: ‖λ − λ₀‖ / ‖λ₀‖.  `moved_by_decay`: the same had every
+gradient been zero.  `moved_by_gradient`: the same without decay.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def label_noise(argv: list[str], start: str | None) -> Made:
         trainer.model.load_state_dict(state["trainer"]["model"])
         trainer.optimizer.load_state_dict(state["trainer"]["optimizer"])
     config = {**cli.config_of(args), "data": Path(args.data).stem, "fingerprint": data_fingerprint(args.data, args.data_dir)}
-    config["model_by"] = f"{state['config']['method']}, seed {seed}" if state else "evograd"
+    config["start"] = f"{state['config']['method']}, seed {seed}" if state else None
     return trainer, trainer.step, list(trainer.weight_net.parameters()), config, state["step"] if state else 0
 
 
@@ -120,18 +121,35 @@ def cross_lingual(argv: list[str], start: str | None) -> Made:
     trainer = CrossLingual(args, model.train(), n_steps)
     data = cross_lingual_train.Steps(args, examples["source"], examples["train"])
     config = {**cli.config_of(args), "encoder": encoder_name(args.encoder)}
-    return trainer, lambda: trainer.step(next(data)), trainer.hyperparameters, config, 0
+    # The authors': eps and decay are the defaults of their flags, and the schedule is the model's. Ours differs in all three.
+    trainer.meta_optimizer = torch.optim.Adam(trainer.hyperparameters, lr=args.rtn_lr, eps=1e-8, weight_decay=5e-4)
+
+    def step():
+        trainer.meta_optimizer.param_groups[0]["lr"] = args.rtn_lr * trainer.schedule.lr_lambdas[0](trainer.n_steps)
+        return trainer.step(next(data))
+
+    return trainer, step, trainer.hyperparameters, config, 0
 
 
 APPLICATIONS = {"label_noise": label_noise, "few_shot": few_shot, "cross_lingual": cross_lingual}
 
 
-def shadow(optimizer: torch.optim.Optimizer, **changes) -> torch.optim.Optimizer:
-    """An optimizer of copies of λ, with these settings changed."""
-    copied = copy.deepcopy(optimizer)
-    for group in copied.param_groups:
-        group.update(changes)
-    return copied
+class Shadow:
+    """Copies of λ, with an optimizer of the same settings but for `changes`, and gradients times `scale`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scale: float, **changes):
+        self.own, self.optimizer, self.scale, self.changes = optimizer, copy.deepcopy(optimizer), scale, changes
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self.optimizer.param_groups[0]["params"]
+
+    def step(self) -> None:
+        group = self.own.param_groups[0]
+        self.optimizer.param_groups[0].update(self.changes, lr=group["lr"])
+        for p, own in zip(self.parameters, group["params"]):
+            p.grad = self.scale * own.grad
+        self.optimizer.step()
 
 
 def follow(made: Made, steps: int, every: int, window: int) -> Iterator[tuple[int, dict]]:
@@ -142,23 +160,18 @@ def follow(made: Made, steps: int, every: int, window: int) -> Iterator[tuple[in
     settings = optimizer.param_groups[0]
     start = [p.detach().clone() for p in hyperparameters]
     moved = lambda tensors: norm([p.detach() - p0 for p, p0 in zip(tensors, start)]) / norm(start)
-    shadows = {"decay": shadow(optimizer)} if settings["weight_decay"] else {}
-    if settings.get("eps", 1e-8) < 1e-8:
-        shadows["eps"] = shadow(optimizer, eps=1e-8)
+    shadows = {"decay": Shadow(optimizer, scale=0), "gradient": Shadow(optimizer, scale=1, weight_decay=0)}
     for n in cli.progress(range(steps + window)):
         probe.measuring = n % every < window
         step()
-        for name, other in shadows.items():
-            for p, own in zip(other.param_groups[0]["params"], hyperparameters):
-                p.grad = own.grad.clone() if name == "eps" else torch.zeros_like(own)
-            other.step()
+        for shadow in shadows.values():
+            shadow.step()
         if probe.measuring:
             row = probe.rows.pop()
             row["decay"] = settings["weight_decay"] * norm(hyperparameters)
-            row["eps"] = settings.get("eps", 0) * sum(p.numel() for p in hyperparameters) ** 0.5  # the norm of a vector of eps
+            row["eps"] = settings.get("eps", 0) * sum(p.numel() for p in hyperparameters) ** 0.5
             row["moved"] = moved(hyperparameters)
-            names = {"decay": "moved_by_decay", "eps": "moved_with_eps"}
-            row |= {names[name]: moved(other.param_groups[0]["params"]) for name, other in shadows.items()}
+            row |= {f"moved_by_{name}": moved(shadow.parameters) for name, shadow in shadows.items()}
             yield before + n, row
 
 
