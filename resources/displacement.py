@@ -182,14 +182,9 @@ def summarised(rows: list[tuple[int, dict]], window: int) -> dict:
     return {str(some[0][0]): {name: mean(name, [row for _, row in some]) for name in some[0][1]} for some in windows}
 
 
-def figure(runs: list[dict], path: str) -> None:
+def figure(runs: list[dict], path: Path) -> None:
     """Norms over steps, one panel for each application; bands from the smallest to the largest of the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from evograd.lab.figures import COLOURS
+    from evograd.lab.figures import COLOURS, plt, save
 
     lines = {
         "second_order": ("T1–T2", COLOURS["second_order"]),
@@ -210,8 +205,8 @@ def figure(runs: list[dict], path: str) -> None:
         if at and at[-1] > 1000:
             ax.set_xscale("symlog", linthresh=50)
     axes[0].set_ylabel("norm of the gradient by λ")
-    axes[0].legend(fontsize=8)
-    fig.savefig(path, dpi=110)
+    axes[-1].legend(fontsize=8)
+    save(fig, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=cli.writable, default=OUT, help="JSON-lines file")
     args, further = parser.parse_known_args(argv)
     if args.what == "figure":
-        figure(read_runs([args.out])[0], str(Path(args.out).parents[1] / "displacement.png"))
+        figure(read_runs([args.out])[0], Path(args.out).parents[1] / "displacement.png")
         return
     if args.start and args.what != "label_noise":
         parser.error(f"--start given, but {args.what} does not read it; label_noise does")

@@ -170,7 +170,13 @@ def test_committed_readmes_follow_from_committed_results():
     assert not broken
     built = tables.build_tables(spec, runs)
     files = [Path(name) for name in report.markdown_files(ROOT)]
-    own = {ROOT / "README.md", ROOT / "REPRODUCTION.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md"), *ROOT.glob("resources/*.md")}
+    own = {
+        ROOT / "README.md",
+        ROOT / "REPRODUCTION.md",
+        *ROOT.glob("[a-z]*/README.md"),
+        *ROOT.glob("[a-z]*/*/README.md"),
+        *ROOT.glob("resources/*.md"),
+    }
     assert own == set(files)
     for readme in files:
         text = readme.read_text(encoding="utf-8")
@@ -298,7 +304,13 @@ def with_summary():
             {
                 "experiment": "toy",
                 "measures": [
-                    {"table": "places", "label": "mean over places", "columns": ["in a", "in b"], "rows": rows, "verdict": "no"},
+                    {
+                        "table": "places",
+                        "label": "mean over places",
+                        "columns": ["in a", "in b"],
+                        "rows": rows,
+                        "verdict": "no",
+                    },
                     {"table": "toy-table", "label": "accuracy", "columns": ["accuracy (%)"], "rows": rows, "verdict": "holds"},
                 ],
             }
@@ -508,7 +520,7 @@ def test_the_spec_is_whole():
     sections |= {"readme", "account"}  # readme: what the page has unfolded
     for table in tables.build_tables(spec, []):
         assert table.experiment in sections, table.name
-        assert table.command or table.experiment == "summary", table.name
+        assert table.command or table.experiment in ("summary", "account"), table.name
     assert all((ROOT / "resources" / picture["file"]).is_file() for picture in [spec["cover"], *spec["pictures"]])
 
 

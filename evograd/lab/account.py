@@ -50,7 +50,7 @@ def _changed(value: object, ours: object) -> object:
 
 
 def in_words(value: object, inside: bool = False) -> str:
-    """A setting as a reader wants it: 384×768 for shapes, names before values.  inside: whether a list stands in another one."""
+    """A setting as a reader wants it: 384×768 for shapes, names before values.  inside: of a list, whether it is in another."""
     if isinstance(value, dict):
         return ", ".join(in_words(v) if name == "kind" else f"{name} {_listed(v)}" for name, v in value.items())
     if isinstance(value, list):
@@ -70,7 +70,7 @@ def _listed(value: object) -> str:
 
 
 def effects_rows(rows: Sequence[dict], tables: Mapping) -> list[list[str]]:
-    """What a comparison of a baseline and another method could have shown, for each row {label, table, column, methods, published}.
+    """What comparing a baseline with another method could have shown, for each row {label, table, column, methods, published}.
 
     (label, runs of both, spreads over their seeds, two standard errors of the difference, the difference, the published one).
     Of a method with one run the spread is that of the column's other methods, pooled.  published: two references, see `filled`.
