@@ -471,8 +471,8 @@ def test_the_summary_fits_the_page(committed_page):
 def test_the_cover_comes_first_then_account_and_summary_then_the_sections(committed_page):
     page, _ = committed_page
     assert re.findall(r"<h1>|class='cover'|<h2 id='\w+'", page) == [
-        "<h1>", "class='cover'", "<h2 id='account'", "<h2 id='summary'", "<h2 id='across'", "<h2 id='illustration_1d'", "<h2 id='rotation'",
-        "<h2 id='label_noise_mwn'", "<h2 id='cross_domain_fewshot'", "<h2 id='metaxl'",
+        "<h1>", "class='cover'", "<h2 id='account'", "<h2 id='summary'", "<h2 id='across'", "<h2 id='illustration_1d'",
+        "<h2 id='rotation'", "<h2 id='label_noise_mwn'", "<h2 id='cross_domain_fewshot'", "<h2 id='metaxl'",
     ]  # fmt: skip
     first = page.partition("src='data:image/png;base64,")[2].partition("'")[0]
     assert base64.b64decode(first) == (ROOT / "resources/cover.png").read_bytes()
