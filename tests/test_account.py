@@ -41,10 +41,17 @@ def test_effects_by_hand():
     known = {
         "t": table([["a", "3", "91.0 ± 2.0", "–", "–"], ["b", "1/7", "80.0", "–", "5.0"], ["c", "2", "1.0 ± 2.0", "–", "–"]])
     }
-    assert account.effects_rows([row], known) == [["x", "3 and 1", "2.0 and 2.0", "4.6", "-11.0", "-86.0"]]
-    assert account.effects_rows([{**row, "column": "F1", "published": []}], known) == [["x", "3 and 7", "–", "–", "–", "–"]]
+    assert account.effects_rows([row], known) == [["x", "3 and 1", "2.0 and 2.0", "4.6", "-11.0", "-86.0", "2"]]
+    assert account.effects_rows([{**row, "column": "F1", "published": []}], known) == [
+        ["x", "3 and 7", "–", "–", "–", "–", "–"]
+    ]
     known["t"].rows[1] = ["b", "4", "80.0 ± 1.0", "–", "–"]
     assert account.effects_rows([row], known)[0][2:4] == ["2.0 and 1.0", "2.5"]  # each its own
+    known["t"].rows.append(["d", "1", "–", "1.0", "0.0"])  # 4 (2² + 1²) / 1² seeds show a difference of 1
+    assert account.effects_rows([{**row, "published": ["{t|d|F1}", "{t|d|accuracy|published}"]}], known)[0][-2:] == [
+        "+1.0",
+        "20",
+    ]
 
 
 def test_settings_in_words():

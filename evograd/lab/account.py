@@ -72,7 +72,8 @@ def _listed(value: object) -> str:
 def effects_rows(rows: Sequence[dict], tables: Mapping) -> list[list[str]]:
     """What comparing a baseline with another method could have shown, for each row {label, table, column, methods, published}.
 
-    (label, runs of both, spreads over their seeds, two standard errors of the difference, the difference, the published one).
+    (label, runs of both, spreads over their seeds, two standard errors of the difference, the difference, the published one,
+    seeds of each method with which the published one would be two standard errors).
     Of a method with one run the spread is that of the column's other methods, pooled.  published: two references, see `filled`.
     """
     made = []
@@ -82,7 +83,7 @@ def effects_rows(rows: Sequence[dict], tables: Mapping) -> list[list[str]]:
         column = {cells[0]: cells[at] for cells in table.rows}
         runs = {cells[0]: _runs(cells[1], table.header[2:at]) for cells in table.rows}
         spreads = {name: float(cell.split(" ± ")[1]) for name, cell in column.items() if " ± " in cell}
-        used, two_errors = [], None
+        used, two_errors, theirs = [], None, _difference([filled(reference, tables) for reference in row.get("published", [])])
         if spreads and all(runs[name] for name in names):
             pooled = math.sqrt(sum(s**2 for s in spreads.values()) / len(spreads))
             used = [spreads.get(name, pooled) for name in names]
@@ -93,7 +94,8 @@ def effects_rows(rows: Sequence[dict], tables: Mapping) -> list[list[str]]:
             " and ".join(f"{s:.1f}" for s in used) or "–",
             "–" if two_errors is None else f"{two_errors:.1f}",
             _difference([column[name] for name in names]),
-            _difference([filled(reference, tables) for reference in row.get("published", [])]),
+            theirs,
+            str(max(2, math.ceil(4 * sum(s**2 for s in used) / float(theirs) ** 2))) if used and theirs != "–" else "–",
         ])  # fmt: skip
     return made
 
