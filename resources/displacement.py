@@ -95,8 +95,8 @@ def label_noise(argv: list[str], start: str | None) -> Made:
     if state:
         trainer.model.load_state_dict(state["trainer"]["model"])
         trainer.optimizer.load_state_dict(state["trainer"]["optimizer"])
-    config = {**cli.config_of(args), "data": Path(args.data).stem, "fingerprint": data_fingerprint(args.data, args.data_dir)}
-    config["start"] = f"{state['config']['method']}, seed {seed}" if state else None
+    read = {"data": label_noise_train.data_name(args), "fingerprint": data_fingerprint(args.data, args.data_dir)}
+    config = {**cli.config_of(args), **read, "start": f"{state['config']['method']}, seed {seed}" if state else None}
     return trainer, trainer.step, list(trainer.weight_net.parameters()), config, state["step"] if state else 0
 
 
