@@ -205,7 +205,8 @@ def figure(runs: list[dict], path: Path) -> None:
         if at and at[-1] > 1000:
             ax.set_xscale("symlog", linthresh=50)
     axes[0].set_ylabel("norm of the gradient by λ")
-    axes[-1].legend(fontsize=8)
+    shown = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     save(fig, path)
 
 
