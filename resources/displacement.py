@@ -204,6 +204,7 @@ def figure(runs: list[dict], path: Path) -> None:
         ax.set(title=application.replace("_", " ").capitalize(), xlabel="training step", yscale="log")
         if at and at[-1] > 1000:
             ax.set_xscale("symlog", linthresh=50)
+            ax.set_xlim(left=0)
     axes[0].set_ylabel("norm of the gradient by λ")
     shown = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
