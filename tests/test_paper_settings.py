@@ -75,11 +75,11 @@ def order(model, meta, step):
     return seen
 
 
-def flags(script, *arguments, **environment):
-    """{flag: the values that `bash script --print` has for it, in order}"""
-    words = shell(script, "--print", *arguments, **environment).stdout.split()
+def flags(script, *arguments):
+    """{flag: the values that the runs have for it which `bash script --print` names, in order}"""
+    runs = [line for line in shell(script, "--print", *arguments).stdout.splitlines() if " --method " in line]
     found = {}
-    for name, value in itertools.pairwise(words):
+    for name, value in itertools.pairwise(" ".join(runs).split()):
         if name.startswith("--"):
             found.setdefault(name, {})[value] = None
     return {name: list(values) for name, values in found.items()}
