@@ -880,6 +880,19 @@ def test_fingerprints_tell_data_apart_where_both_are_known(tmp_path):
     assert rows() == [["ours", "3", "92.0 ± 2.0"], ["ours, fingerprint cd", "1", "10.0"]]
 
 
+def test_columns_of_other_data_have_other_fingerprints(tmp_path):
+    """Two languages are one row, though of different files; a second set of files of one language is another row."""
+    columns = [{"value": "metrics.accuracy", "label": t, "where": {"target": t}, "decimals": 0} for t in ("x", "y")]
+    spec = {**SPEC["tables"][0], "columns": columns, "rows": [{"label": "ours", "match": {"method": "a"}}]}
+    path = tmp_path / "runs.jsonl"
+    for target, accuracy, fingerprint in (("x", 1, "fx"), ("y", 2, "fy"), ("y", 3, "fz")):
+        append_line(path, line("a", accuracy, accuracy, target=target, fingerprint=fingerprint))
+    assert tables.build_table(spec, read_runs([path])[0]).rows == [
+        ["ours", "1", "1", "2"],
+        ["ours, fingerprint fz", "0/1", "–", "3"],
+    ]
+
+
 def test_encoders_of_one_name_are_told_apart_where_both_are_known(tmp_path):
     path = tmp_path / "results.jsonl"
     for seed, accuracy, mark in ((1, 90.0, None), (2, 92.0, "ab"), (3, 94.0, "ab")):
