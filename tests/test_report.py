@@ -170,7 +170,13 @@ def test_committed_readmes_follow_from_committed_results():
     assert not broken
     built = tables.build_tables(spec, runs)
     files = [Path(name) for name in report.markdown_files(ROOT)]
-    own = {ROOT / "README.md", *ROOT.glob("[a-z]*/README.md"), *ROOT.glob("[a-z]*/*/README.md"), *ROOT.glob("resources/*.md")}
+    own = {
+        ROOT / "README.md",
+        ROOT / "REPRODUCTION.md",
+        *ROOT.glob("[a-z]*/README.md"),
+        *ROOT.glob("[a-z]*/*/README.md"),
+        *ROOT.glob("resources/*.md"),
+    }
     assert own == set(files)
     for readme in files:
         text = readme.read_text(encoding="utf-8")
@@ -290,19 +296,23 @@ def with_summary():
         "methods": {"evograd": "EvoGrad", "mixed_mode": "mixed"},
         "rows": [{"label": "toy", "cost": "toy-cost"}, {"label": "never run", "cost": "places"}],
     }
-    rows = {"evograd": "ours", "second_order": "theirs"}
+    rows = {"evograd": "ours", "second_order": "theirs", "trajectory": "not yet"}
     summary = {
         "title": "One line each",
-        "methods": {"baseline": "none", "evograd": "EvoGrad", "second_order": "T1–T2"},
-        "costs_of": "evograd",
+        "methods": {"baseline": "none", "evograd": "EvoGrad", "second_order": "T1–T2", "trajectory": "N steps"},
         "entries": [
             {
                 "experiment": "toy",
                 "measures": [
-                    {"table": "places", "label": "mean over places", "columns": ["in a", "in b"], "rows": rows},
-                    {"table": "toy-table", "label": "accuracy", "columns": ["accuracy (%)"], "rows": rows},
+                    {
+                        "table": "places",
+                        "label": "mean over places",
+                        "columns": ["in a", "in b"],
+                        "rows": rows,
+                        "verdict": "no",
+                    },
+                    {"table": "toy-table", "label": "accuracy", "columns": ["accuracy (%)"], "rows": rows, "verdict": "holds"},
                 ],
-                "cost": "toy-cost",
             }
         ],
     }
@@ -314,21 +324,18 @@ def built(path):
 
 
 def test_summary_is_of_the_first_measure_that_was_run(results):
-    """Known by hand: 91 ± 1 and 80 from `results`; a step that takes 3 s and 2 bytes where T1-T2's takes 4 s and 8 bytes."""
-    append_line(results, cost_line(9.0, 9, 9.0, 9, batch_size=8))
-    append_line(results, cost_line(3.0, 2, 4.0, 8))
+    """Known by hand: 91 ± 1 and 80 from `results`. A method that the table has no row of was not run."""
     summary = built(results)["summary"]
-    costs = ["EvoGrad's cost: time / T1–T2", "EvoGrad's cost: peak / T1–T2"]
-    assert summary.header == ["Experiment", "measured", "none", "EvoGrad", "T1–T2", *costs]
-    assert summary.rows == [["Toy", "accuracy", "–", "91.0 ± 1.0\n90.2 ± 1.5", "80.0", "0.75", "0.25"]]
+    assert summary.header == ["Experiment", "measured", "none", "EvoGrad", "T1–T2", "N steps", "the paper's claim"]
+    assert summary.rows == [["Toy", "accuracy", "–", "91.0 ± 1.0\n90.2 ± 1.5", "80.0", "not run", "holds"]]
     assert "| 91.0 ± 1.0<br>*90.2 ± 1.5* | 80.0 |" in tables.to_markdown(summary)
-    assert len(summary.runs) == 3 + 1 + 1
+    assert len(summary.runs) == 3 + 1
 
     append_line(results, line("a", 1, 60.0, data="places", place="a"))
     assert built(results)["summary"].rows[0][1] == "accuracy"  # a mean over places needs all places
     append_line(results, line("a", 1, 70.0, data="places", place="b"))
     append_line(results, line("b", 1, 10.0, data="places", place="b"))
-    assert built(results)["summary"].rows == [["Toy", "mean over places", "–", "65.0", "–", "0.75", "0.25"]]
+    assert built(results)["summary"].rows == [["Toy", "mean over places", "–", "65.0", "–", "not run", "no"]]
 
 
 def test_published_numbers_of_what_was_not_run_stand_in_the_summary(results):
@@ -339,7 +346,7 @@ def test_published_numbers_of_what_was_not_run_stand_in_the_summary(results):
     theirs = {column["key"]: {"mean": mean, "std": 1} for column, mean in zip(places["columns"], (60, 70))}
     places["rows"] = [{**row, "paper": theirs} if row["label"] == "theirs" else row for row in places["rows"]]
     summary = {table.name: table for table in tables.build_tables(spec, read_runs([results])[0])}["summary"]
-    assert summary.rows[0] == ["Toy", "mean over places", "–", "not run", "not run\n65.0", "–", "–"]
+    assert summary.rows[0] == ["Toy", "mean over places", "–", "not run", "not run\n65.0", "not run", "not run"]
     assert summary.rows[1][1] == "accuracy" and len(summary.rows) == 2
 
 
@@ -379,7 +386,7 @@ def default(tmp_path, monkeypatch):
 
 def test_nothing_run_makes_a_page_that_says_so(default, tmp_path):
     summary = built(default)["summary"]
-    assert summary.rows == [["Toy", "mean over places", "–", "not run", "not run", "–", "–"]]
+    assert summary.rows == [["Toy", "mean over places", "–", "not run", "not run", "not run", "not run"]]
     page = make(None, tmp_path, spec=with_summary())
     assert "Not run yet" in page
     assert "python -m toy --place PLACE" in page
@@ -461,11 +468,11 @@ def test_the_summary_fits_the_page(committed_page):
     assert cells(text) == shown and text.count("<table>") == 1
 
 
-def test_the_cover_comes_first_then_the_summary_then_the_sections(committed_page):
+def test_the_cover_comes_first_then_account_and_summary_then_the_sections(committed_page):
     page, _ = committed_page
     assert re.findall(r"<h1>|class='cover'|<h2 id='\w+'", page) == [
-        "<h1>", "class='cover'", "<h2 id='summary'", "<h2 id='across'", "<h2 id='illustration_1d'", "<h2 id='rotation'",
-        "<h2 id='label_noise_mwn'", "<h2 id='cross_domain_fewshot'", "<h2 id='metaxl'",
+        "<h1>", "class='cover'", "<h2 id='account'", "<h2 id='summary'", "<h2 id='across'", "<h2 id='illustration_1d'",
+        "<h2 id='rotation'", "<h2 id='label_noise_mwn'", "<h2 id='cross_domain_fewshot'", "<h2 id='metaxl'",
     ]  # fmt: skip
     first = page.partition("src='data:image/png;base64,")[2].partition("'")[0]
     assert base64.b64decode(first) == (ROOT / "resources/cover.png").read_bytes()
@@ -490,7 +497,8 @@ def test_published_tables_stand_in_their_sections_folded_where_nothing_was_run(c
             assert table.title not in folds(place)
             shown = place.partition(f"<h3>{table.title}</h3>")[2].partition("</table>")[0]
         assert cells(shown) == [cell for _, cell in text], table.name
-    assert folded and sorted(folds(html.unescape(page))) == sorted(folded)
+    (settings,) = [table.title for table in built if table.name == "settings"]
+    assert folded and sorted(folds(html.unescape(page))) == sorted([*folded, settings])
 
 
 def test_a_published_table_unfolds_with_its_first_run(default, tmp_path):
@@ -509,10 +517,10 @@ def test_the_spec_is_whole():
     assert tables.build_tables(spec, [])[0].name == "summary"
     assert [entry["experiment"] for entry in spec["summary"]["entries"]] == [e["name"] for e in spec["experiments"]]
     sections = {"summary", *(experiment["name"] for experiment in spec["experiments"])}
-    sections.add("readme")  # what the page has unfolded
+    sections |= {"readme", "account"}  # readme: what the page has unfolded
     for table in tables.build_tables(spec, []):
         assert table.experiment in sections, table.name
-        assert table.command or table.experiment == "summary", table.name
+        assert table.command or table.experiment in ("summary", "account"), table.name
     assert all((ROOT / "resources" / picture["file"]).is_file() for picture in [spec["cover"], *spec["pictures"]])
 
 
@@ -870,6 +878,19 @@ def test_fingerprints_tell_data_apart_where_both_are_known(tmp_path):
     assert rows()[0] == ["ours", "3", "92.0 ± 2.0"]
     append_line(path, line("a", 1, 10.0, fingerprint="cd"))
     assert rows() == [["ours", "3", "92.0 ± 2.0"], ["ours, fingerprint cd", "1", "10.0"]]
+
+
+def test_columns_of_other_data_have_other_fingerprints(tmp_path):
+    """Two languages are one row, though of different files; a second set of files of one language is another row."""
+    columns = [{"value": "metrics.accuracy", "label": t, "where": {"target": t}, "decimals": 0} for t in ("x", "y")]
+    spec = {**SPEC["tables"][0], "columns": columns, "rows": [{"label": "ours", "match": {"method": "a"}}]}
+    path = tmp_path / "runs.jsonl"
+    for target, accuracy, fingerprint in (("x", 1, "fx"), ("y", 2, "fy"), ("y", 3, "fz")):
+        append_line(path, line("a", accuracy, accuracy, target=target, fingerprint=fingerprint))
+    assert tables.build_table(spec, read_runs([path])[0]).rows == [
+        ["ours", "1", "1", "2"],
+        ["ours, fingerprint fz", "0/1", "–", "3"],
+    ]
 
 
 def test_encoders_of_one_name_are_told_apart_where_both_are_known(tmp_path):

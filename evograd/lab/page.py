@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .records import BrokenLine
-from .tables import NOT_RUN, PUBLISHED, SUMMARY, Table
+from .tables import ACCOUNT, NOT_RUN, PUBLISHED, SUMMARY, Table
 
 ACROSS = {
     "name": "across",
@@ -106,7 +106,7 @@ def to_html(
     unknown: Mapping[str, int] = MappingProxyType({}),
     whole: bool = True,
 ) -> str:
-    """The page: the cover, the summary, then the sections; what was not run says so, with the command that runs it.
+    """The page: the cover, the account, the summary, then the sections; what was not run says so, with its command.
 
     folder: where spec["cover"] and spec["pictures"] lie.
     spec["highlight"]: what rows and columns to be found at a glance have in their name, before a comma.
@@ -117,7 +117,8 @@ def to_html(
     experiments = [e for e in spec["experiments"] if whole or any(table.experiment == e["name"] for table in tables)]
     summary = [table for table in tables if table.name == SUMMARY]
     across = [table for table in tables if table.experiment == SUMMARY and table.name != SUMMARY]
-    links = [(SUMMARY, "Summary")] * bool(summary)
+    account = sorted((table for table in tables if table.experiment == ACCOUNT), key=lambda table: table.name != ACCOUNT)
+    links = [(ACCOUNT, "What holds")] * bool(account) + [(SUMMARY, "Summary")] * bool(summary)
     links += [(e["name"], e["title"]) for e in [ACROSS] * bool(across) + experiments]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -129,6 +130,11 @@ def to_html(
     ]
     if whole and "cover" in spec:
         parts.append(f"<div class='cover'>{_figure(folder / spec['cover']['file'], spec['cover']['caption'])}</div>")
+    if account:
+        parts.append(f"<h2 id='{ACCOUNT}'>What of the paper holds</h2><p>{escape(spec['account']['more'])}</p>")
+        parts += [_folded(table, None) if table.name == "settings" else _table(table, None) for table in account]
+        figure = spec["account"]["figure"]
+        parts.append(_figure(folder / figure["file"], figure["caption"]))
     if summary:
         parts += [f"<h2 id='{SUMMARY}'>Summary</h2>", *(_table(table, highlight) for table in summary)]
     pictures = [(folder / picture["file"], picture["caption"]) for picture in spec.get("pictures", []) if whole]
@@ -211,7 +217,7 @@ def _cells(table: Table, highlight: str | None) -> str:
         for name in names:
             mine = not by_row and classes and is_mine(group or name) and name != PUBLISHED
             words = ["published"] * (name == PUBLISHED) + ["mine"] * bool(mine)
-            words += ["left"] * (not classes)
+            words += ["left"] * (not classes or table.words)
             classes.append(" ".join(words))
         mine = " mine" * (not by_row and len(top) > 0 and is_mine(group or names[0]))
         if group is None:
@@ -261,6 +267,7 @@ def _cell(text: str, header: str, classes: str) -> str:
         classes += " none"
     number, sign, spread = text.partition(" ± ") if text.count("±") == 1 else (text, "", "")
     text = escape(number) + (f"<span class='spread'>{sign}{escape(spread)}</span>" if sign else "")
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", re.sub(r"`(.+?)`", r"<code>\1</code>", text))
     text += "".join(f"<i class='below' title='published'>{escape(number)}</i>" for number in published)
     return f"<td class='{classes.strip()}'{style}>{text}</td>"
 

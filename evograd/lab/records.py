@@ -207,10 +207,15 @@ def by_configuration(runs: Iterable[dict], across: Iterable[str] = ("seed",)) ->
         groups.setdefault(settings_key(run["config"], (*across, *FINGERPRINTS)), []).append(run)
     result: list[list[dict]] = []
     for group in groups.values():
-        first = {name: known(group, name) for name in FINGERPRINTS}
-        parts: dict[tuple[str | None, ...], list[dict]] = {}
+        kinds: dict[str, list[dict]] = {}  # runs of other languages, say, read other files: each has a first of its own
         for run in group:
-            parts.setdefault(tuple(run["config"].get(name) or first[name] for name in FINGERPRINTS), []).append(run)
+            kinds.setdefault(settings_key({k: run["config"].get(k) for k in across if k != "seed"}), []).append(run)
+        parts: dict[tuple[str | None, ...], list[dict]] = {}
+        for runs in kinds.values():
+            first = {name: known(runs, name) for name in FINGERPRINTS}
+            for run in runs:
+                own = [run["config"].get(name) or first[name] for name in FINGERPRINTS]
+                parts.setdefault(tuple(None if v == first[n] else v for n, v in zip(FINGERPRINTS, own)), []).append(run)
         result += parts.values()
     return result
 

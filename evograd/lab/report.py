@@ -3,7 +3,7 @@
     python -m evograd.lab.report                                             report/index.html from <experiment>/results/*.jsonl
     python -m evograd.lab.report FILE.jsonl … --out page.html                from these files alone, without what they hold no run of
     python -m evograd.lab.report --readme                                    also tables between <!-- table:NAME --> markers,
-                                                                             in the READMEs and in resources/*.md
+                                                                             in the READMEs, REPRODUCTION.md and resources/*.md
 
 What the tables hold, and the published numbers with their sources, is described in resources/paper_tables.json. Figures are
 the files <experiment>_*.png beside the result files.
@@ -23,7 +23,7 @@ from .page import to_html
 from .records import read_runs, write_text
 from .tables import build_tables, safe_name, update_markdown
 
-MARKDOWN = ("README.md", "[a-z]*/README.md", "[a-z]*/*/README.md", "resources/*.md")
+MARKDOWN = ("README.md", "REPRODUCTION.md", "[a-z]*/README.md", "[a-z]*/*/README.md", "resources/*.md")
 
 
 def find_figures(spec: dict, folders: Iterable[Path], runs: list[dict], whole: bool) -> dict[str, list[tuple[Path, str]]]:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         "--tables", default="resources/paper_tables.json", help="what the tables hold, and the published numbers"
     )
     parser.add_argument("--out", default="report/index.html", help="the page")
-    what = "Markdown files whose tables are made anew; without FILE the READMEs and resources/*.md"
+    what = "Markdown files whose tables are made anew; without FILE the READMEs, REPRODUCTION.md and resources/*.md"
     parser.add_argument("--readme", nargs="*", metavar="FILE", help=what)
     args = parser.parse_args(argv)
     args.readme = markdown_files() if args.readme == [] else args.readme or []

@@ -8,14 +8,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from .account import NOT_RUN, PUBLISHED, effects_rows, filled, settings_rows
 from .methods import ESTIMATORS
 from .records import FINGERPRINTS, by_configuration, known, mean_std
 
+ROOT = Path(__file__).resolve().parents[2]
 SUMMARY = "summary"  # name of the table that comes first, and of the section that it stands in
-NOT_RUN = "not run"
+ACCOUNT = "account"  # name of the table of claims, and of the section that it stands in
 FLOPS = "FLOPs"  # what stands in the place of a time that was not measured
-PUBLISHED = "published"  # header of a column of published numbers, which belong to the column before it
 # Settings whose default is the method's, and those that only methods read which learn hyperparameters.
 OF_METHOD = ("temperature", "sigma", "inner_lr", "inner_steps", "share", "weight_input", "perturb", "rtn_input")
 OF_LEARNING = (
@@ -30,6 +32,7 @@ class Table:
 
     experiment: the section it stands in.  rows: cells, the first n_labels of them labels; a second line in a cell is the
     published number.  command: makes the result lines.  source: of the published numbers, None where there are none.
+    words: whether its cells are words, so that lines may break.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
     command: str | None = None
     n_labels: int = 1
+    words: bool = False
 
     @property
     def remarks(self) -> str:
@@ -66,9 +70,26 @@ def build_tables(spec: dict, runs: list[dict], whole: bool = True) -> list[Table
     parts = [part for experiment in spec["experiments"] for part in (experiment, *experiment.get("also", []))]
     others = [_other_table(part, spec.get("methods", {}), left) for part in parts]
     tables += [table for table in others if table.runs]
+    tables += _account(spec, tables) if whole and "account" in spec else []
     if "summary" in spec:
         tables.insert(0, _summary(spec["summary"], specs, spec["experiments"], runs, whole))
     return [table for table in tables if table.runs or whole]
+
+
+def _account(spec: dict, tables: list[Table]) -> list[Table]:
+    """The paper's claims with what was found of them, its settings, and what effects could have been seen."""
+    known, of = {table.name: table for table in tables}, spec["account"]
+    titles = {experiment["name"]: experiment["title"] for experiment in spec["experiments"]}
+    settings = json.loads((ROOT / of["settings"]["file"]).read_text(encoding="utf-8"))["experiments"]
+    rows = {
+        "claims": [[filled(cell, known) for cell in row] for row in of["claims"]["rows"]],
+        "effects": effects_rows(of["effects"]["rows"], known),
+        "settings": settings_rows(settings, titles),
+    }
+    made = [_table({**of[name], "section": ACCOUNT}, of[name]["header"], rows[name], [], [of[name]["note"]]) for name in rows]
+    for table, name in zip(made, rows):
+        table.words = name != "effects"
+    return made
 
 
 def build_table(spec: dict, runs: list[dict], whole: bool = True) -> Table:
@@ -86,7 +107,7 @@ def build_table(spec: dict, runs: list[dict], whole: bool = True) -> Table:
     columns = spec["columns"]
     across = _across(columns)
     with_paper = {key for row in spec["rows"] for key in row.get("paper", {})}
-    header = ["Method", "runs"]
+    header = [spec.get("first", "Method"), "runs"]
     for column in columns:
         header.append(column["label"])
         if _key(column) in with_paper:
@@ -317,37 +338,38 @@ def devices(runs: Iterable[dict]) -> str:
 
 
 def _summary(spec: dict, specs: dict[str, dict], experiments: list[dict], runs: list[dict], whole: bool) -> Table:
-    """A line or two for each experiment: a column of one of its tables by method, and the cost against T1–T2.
+    """A line or two for each experiment: a column of one of its tables by method, and what it says of the paper's claim.
 
     Published numbers stand in the cells below ours. Of the entry's `measures` the first one that was run counts; those before
     it that have published numbers stand above it, not run. Several columns are averaged, where all of them were run.
     """
     titles = {experiment["name"]: experiment["title"] for experiment in experiments}
-    header, rows, used = ["Experiment", "measured", *spec["methods"].values()], [], {}
+    rows, used = [], {}
     for entry in spec["entries"]:
-        lines = [(measure["label"], *_measure(spec, measure, specs[measure["table"]], runs)) for measure in entry["measures"]]
-        n, (label, cells, values, mine) = next((line for line in enumerate(lines) if set(line[1][2]) - {None}), (0, lines[0]))
-        last = _select(specs[entry["cost"]], runs)[-1:] if entry.get("cost") else []
-        if not (mine or last or whole):
+        lines = [(measure, *_measure(spec, measure, specs[measure["table"]], runs)) for measure in entry["measures"]]
+        n, (measure, cells, _, mine) = next((line for line in enumerate(lines) if set(line[1][2]) - {None}), (0, lines[0]))
+        if not (mine or whole):
             continue
         title = titles[entry["experiment"]]
-        rows += [[title, above[0], *above[1], "–", "–"] for above in lines[:n] if "\n" in "".join(above[1])]
-        rows.append([title, label, *cells, *_over_second_order(last[0]["metrics"] if last else {}, spec["costs_of"])])
-        used |= {id(run): run for run in [*mine, *last]}
-    of = spec["methods"][spec["costs_of"]]
-    header += [f"{of}'s cost: time / T1–T2", f"{of}'s cost: peak / T1–T2"]
+        rows += [[title, above["label"], *own, NOT_RUN] for above, own, *_ in lines[:n] if "\n" in "".join(own)]
+        rows.append([title, measure["label"], *cells, measure["verdict"] if mine else NOT_RUN])
+        used |= {id(run): run for run in mine}
+    header = ["Experiment", "measured", *spec["methods"].values(), "the paper's claim"]
     notes = [spec["note"]] if spec.get("note") else []
     return Table(SUMMARY, SUMMARY, spec["title"], header, rows, spec.get("source"), list(used.values()), notes, n_labels=2)
 
 
 def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[list[str], list[float | None], list[dict]]:
-    """(cells of one line of the summary, our own values in them, the runs behind them)."""
+    """(cells of one line of the summary, our own values in them, the runs behind them).
+
+    A method whose row the table does not have was not run; one that the measure does not name has no place there.
+    """
     columns = {column["label"]: column for column in table["columns"]}
     columns = [columns[label] for label in measure["columns"]]
     labelled = {row["label"]: row for row in table["rows"]}
     cells, values, used = [], [], []
     for method in spec["methods"]:
-        row = labelled[measure["rows"][method]] if method in measure["rows"] else None
+        row = labelled.get(measure["rows"].get(method))
         wanted = _shown(_select(table, runs), row, table["columns"]) if row else []
         group = next((group for _, group in _groups(wanted, _across(table["columns"]))), [])
         chosen = [[run for run in group if _matches(run["config"], column.get("where", {}))] for column in columns]
@@ -355,7 +377,7 @@ def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[
         if len(found) > 1:  # the average is shown without a spread: what the columns stand for differs
             found = [(_mean(mean for mean, _ in found), None)]
         values.append(found[0][0])
-        cells.append(_cell(*found[0], columns[0]) if group or not row else NOT_RUN)
+        cells.append(_cell(*found[0], columns[0]) if group or method not in measure["rows"] else NOT_RUN)
         theirs = [(row or {}).get("paper", {}).get(_key(column)) for column in columns]
         if all(theirs):
             mean = _mean(cell["mean"] for cell in theirs)
@@ -521,8 +543,8 @@ def _value(run: dict, column: dict, row: dict | None) -> float | str | None:
 def _cell(mean: float | str | None, std: float | None, column: dict) -> str:
     if mean is None or isinstance(mean, str):
         return mean or "–"
-    decimals = column.get("decimals", 2)
-    return f"{mean:.{decimals}f}" + (f" ± {std:.{decimals}f}" if std is not None else "")
+    form = column.get("format", f".{column.get('decimals', 2)}f")
+    return f"{mean:{form}}" + (f" ± {std:{form}}" if std is not None else "")
 
 
 def _published(row: dict, column: dict) -> str:
@@ -531,7 +553,8 @@ def _published(row: dict, column: dict) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    align = [":--"] * table.n_labels + ["--:"] * (len(table.header) - table.n_labels)
+    n = len(table.header) if table.words else table.n_labels
+    align = [":--"] * n + ["--:"] * (len(table.header) - n)
     rows = [[_in_markdown(cell) for cell in row] for row in table.rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [table.header, align, *rows])
     return text + "\n\n" + table.remarks + "\n"
