@@ -80,8 +80,8 @@ def guided(
         ValueError, TypeError, RuntimeError: as in `evograd.hypergradient`; also a radius that the losses' precision does not
             resolve, and kinks of another pass. A warning tells where no radius resolves the difference.
 
-    What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between candidates: compute it once, at θ, and
-    hand it to all of them (the input of label noise's weight net, that of MetaXL's transformation).
+    What train_loss detaches, or computes under torch.no_grad, is a constant to T1–T2 but differs between candidates where it
+    depends on θ: compute it once, at θ, and hand it to all (the input of label noise's weight net, of MetaXL's transformation).
     """
     _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy), strategy == "retain")

@@ -19,11 +19,11 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from .threads import Shared
+from .threads import Shared, replaced
 
 
 def directional(
@@ -37,7 +37,7 @@ def directional(
     first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
     replacing = Replacing()
     looking = Unseen(replacing) if scripted(model) else None
-    with looking or nullcontext(), replacing:
+    with looking or nullcontext(), _no_inference, replacing:
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     if looking and looking.found:
         raise unseen(*looking.found)
@@ -96,15 +96,26 @@ class Replacing(TorchFunctionMode):
     """Within it, operations of ROWS are computed in their rows' form, where the row says so.
 
     Where λ enters after an operation PyTorch's own formula is right, mostly, and cheaper. Running statistics are not updated:
-    the model runs on copies that are thrown away.
+    the model runs on copies that are thrown away. Where gradients are off tangents are off too.
     """
 
     def __init__(self):
         super().__init__()
         self.within = []
         self.depth = 0  # of operations of ROWS
+        self.off = False  # tangents are, by `follow`
+
+    def follow(self) -> None:
+        """What is a constant to reverse mode is one to forward mode, whoever has switched gradients off."""
+        on = torch.is_grad_enabled()
+        if self.off if on else torch._C._is_fwd_grad_enabled():
+            torch._C._set_fwd_grad_enabled(on)
+            self.off = not on
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch._C._set_grad_enabled:
+            function(*args)
+            return self.follow()  # at once: what follows may be TorchScript, which nothing here sees
         kwargs = kwargs or {}
         row = _BY_FUNCTION.get(function)
         if row is None:
@@ -129,6 +140,18 @@ class Replacing(TorchFunctionMode):
         for node in nodes(_functions(result), starts):
             node.metadata["evograd"] = "right"
         return result
+
+
+def _entered(self: torch.inference_mode) -> None:
+    """As no_grad in forward mode, whose tensors cannot be those of inference mode."""
+    if any(isinstance(mode, Replacing) for mode in _get_current_function_mode_stack()):
+        self._inference_mode_context = torch.set_grad_enabled(not self.mode)
+    else:
+        _enter(self)
+
+
+_enter = torch.inference_mode.__enter__
+_no_inference = Shared(lambda: replaced((torch.inference_mode, "__enter__", _entered)))
 
 
 class Unseen(TorchDispatchMode):
@@ -232,6 +255,11 @@ def wrapped(values: list[Tensor]) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values)
 
 
+def without_gradients(values: list[Tensor]) -> bool:
+    """What comes of them is a constant, and no operation's own formula is asked."""
+    return not torch.is_grad_enabled() and wrapped(values)
+
+
 # --- other forms ----------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +352,11 @@ def on_the_host(function, x, *args, **kwargs):
 def of_values(function, x, *args, **kwargs):
     with retrieve_current_functorch_interpreter().lower():
         return function(bare(x), *args, **kwargs)
+
+
+def of_constants(function, *args, **kwargs):
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    return function(*args, **kwargs)
 
 
 def log_cumulative(function, x, dim, **options):
@@ -579,6 +612,12 @@ ROWS = (
     Row("feature_alpha_dropout_", in_place_of(torch.feature_alpha_dropout), wrapped, DRAWS),
     Row("rrelu_", in_place_of(torch.rrelu), wrapped, DRAWS),
     Row("nn.functional.scaled_dot_product_attention", attention, wrapped, DRAWS),
+    Row(
+        "_functorch.autograd_function.custom_function_call",
+        of_constants,
+        without_gradients,
+        "its jvp is asked where gradients are off",
+    ),
     Row("rand_like randn_like randint_like empty_like bernoulli Tensor.bernoulli normal poisson", by_reverse, wrapped, DRAWS),
 )
 
