@@ -638,8 +638,8 @@ def out_of_inference(h):
     with torch.inference_mode():
         first = h.sin()
         with torch.inference_mode(False):
-            second = h.clone().cos()
-        return first.add(second)
+            second = h.cos()
+    return first.clone() + second
 
 
 def in_a_hook(h):
@@ -666,7 +666,7 @@ CONSTANT = {  # of a hidden layer: all of it is a constant, or a part
     "inference_mode, decorated": lambda h: torch.inference_mode()(torch.sin)(h).clone(),
     "inference_mode, a layer": lambda h: within(torch.inference_mode, lambda h: F.linear(h[:, :6], h.T))(h).clone(),
     "in turns": in_turns,
-    "out of inference mode": lambda h: out_of_inference(h).clone(),
+    "out of inference mode": out_of_inference,
     "TorchScript": within(torch.no_grad, SCRIPTED),
     "after TorchScript": lambda h: SCRIPTED(h) + within(torch.no_grad)(h),
     "a function with a jvp": within(torch.no_grad, EnablesWithin.apply),
