@@ -85,10 +85,10 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
         ) from error
 
     model, val_loss, own = problem.model, problem.val_loss, problem.own
-    if hooked := [repr(name) for name, module in model.named_modules() if module._forward_pre_hooks]:
+    if hooked := [repr(name) for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]:
         raise NotImplementedError(
-            f"engine='higher' calls no hooks, and {hooked[0]} has one that runs before it (torch.nn.utils.weight_norm or prune, "
-            "say), whose weight it would not make anew; use engine='functional'"
+            f"engine='higher' calls no hooks, and {hooked[0]} has one (torch.nn.utils.weight_norm or prune, say, whose weight it "
+            "would not make anew); use engine='functional'"
         )
     optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
     optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])

@@ -318,6 +318,93 @@ def test_a_cache_of_parametrizations_is_of_one_evaluation(estimator, float64):
     assert relative_difference(grads, expected) < 1e-12
 
 
+class Growing(nn.Module):
+    """At its first call it adds something to itself or to its parts, and takes note of that."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.a, self.head, self.parts = nn.Linear(D, 6), nn.Linear(6, C), nn.ModuleList()
+        self.what, self.built = what, False
+        self.register_buffer("later", None)
+
+    def forward(self, x):
+        if not self.built:
+            GROWTH[self.what](self)
+            self.built = True
+        h = self.a(x)
+        for part in self.parts:
+            h = part(h)
+        return self.head(self.act(h) if hasattr(self, "act") else h) + (0 if self.later is None else self.later)
+
+
+class Grown(Growing):
+    pass
+
+
+GROWTH = {
+    "hook": lambda m: m.a.register_forward_hook(lambda module, inputs, output: output.sin()),
+    "pre-hook": lambda m: m.a.register_forward_pre_hook(lambda module, inputs: (inputs[0].sin(),)),
+    "hook of a state": lambda m: m.a.register_state_dict_post_hook(lambda *_: None),
+    "submodule": lambda m: m.add_module("act", nn.Tanh()),
+    "in a list": lambda m: m.parts.append(nn.Tanh()),
+    "buffer": lambda m: m.a.register_buffer("made", torch.ones(3), persistent=False),
+    "buffer that was None": lambda m: setattr(m, "later", torch.tensor([1.0, 2.0, 3.0])),
+    "class": lambda m: setattr(m, "__class__", Grown),
+}
+PARAMETERS = {
+    "layer": lambda m: m.parts.append(nn.Linear(6, 6)),
+    "parameter": lambda m: setattr(m, "later_scale", nn.Parameter(torch.ones(3))),
+    "of a part": lambda m: m.a.register_parameter("scale", nn.Parameter(torch.ones(6), requires_grad=False)),
+}
+GROWTH |= PARAMETERS
+CALLS = {**ESTIMATORS, "in_place": lambda *a, **k: estimate(*a, noise="guided", strategy="in_place", inner_lr=ETA, **k)}
+
+
+def registered(model):
+    """All that can be added to a module, without the note of it."""
+    kinds = [(name, type(m)) for name, m in model.named_modules()]
+    return kinds, [*dict(model.named_buffers())], [len(v) for m in model.modules() for k, v in vars(m).items() if "hooks" in k]
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name != "higher"])
+@pytest.mark.parametrize("what", [what for what in GROWTH if what not in PARAMETERS])
+def test_what_a_first_call_adds_is_taken_back(what, estimator, float64):
+    """The value is that of a model that was called before, and the user's first call is still to come."""
+    found = []
+    for called in (True, False):
+        torch.manual_seed(0)
+        problem = problem_of(Growing(what), "losses")
+        if called:
+            problem.train_loss(problem.model)
+        before = registered(problem.model)
+        for _ in range(2):
+            torch.manual_seed(3)
+            found.append(CALLS[estimator](*problem.args()).grads)
+        assert registered(problem.model) == before and problem.model.built == called
+    assert all(relative_difference(other, found[0]) < 1e-12 for other in found[1:])
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name not in ("higher", "vmap")])
+@pytest.mark.parametrize("what", PARAMETERS)
+def test_parameters_that_a_first_call_adds_are_named(what, estimator, float64):
+    problem = problem_of(Growing(what), "losses")
+    before = registered(problem.model)
+    with pytest.raises(RuntimeError, match=r"a loss has added parameters to the model, '.*call the model once before"):
+        CALLS[estimator](*problem.args())
+    assert registered(problem.model) == before and not problem.model.built
+    problem.train_loss(problem.model)
+    CALLS[estimator](*problem.args())
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(6), nn.LazyBatchNorm1d(affine=False)])
+def test_a_lazy_module_has_to_be_called_once_before(lazy):
+    problem = problem_of(nn.Sequential(nn.Linear(D, 6), lazy, nn.Linear(6, C)), "losses")
+    with pytest.raises(ValueError, match="model: '(weight|running_mean)' of a lazy module is not there yet; call the model once"):
+        evograd.hypergradient(*problem.args())
+    problem.train_loss(problem.model)
+    evograd.hypergradient(*problem.args())
+
+
 class Remembering(nn.Module):
     """What it computes is written, graph and all, into a tensor of its own, which is used then."""
 

@@ -52,6 +52,7 @@ class Problem:
         self.hyperparameters = checks.checked_hyperparameters(hyperparameters)
         self.sharding = Sharding.of(model)
         self.slots = Slots(model)
+        checks.check_built((name, tensor) for _, name, tensor in self.slots.originals)
         self.own = self.slots.parameters
         if self.sharding and in_place is False:
             checks.refuse_sharded(self.own)

@@ -19,6 +19,7 @@ from .draws import on_the_host
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
+EMPTY = {dict: {}, OrderedDict: OrderedDict(), set: set()}
 SMALL = 2**16  # elements of a plain tensor that is copied, so that what is written into it can be undone
 
 
@@ -83,6 +84,9 @@ class Slots:
                     self._add(module._buffers, name, tensor)
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 self.written.add(id(module.weight))
+        # Of every module: names of parameters, buffers and submodules, hooks; and its class.
+        self.registries = [d for m in self.modules for k, d in vars(m).items() if k in OF_EVERY_MODULE and type(d) in EMPTY]
+        self.registered, self.classes = [d.copy() if d else EMPTY[type(d)] for d in self.registries], list(map(type, self.modules))
         self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors in attributes that are neither parameter nor buffer
         self.containers: list[object] = []  # of the modules, beside those that every module has
         for module in self.modules:
@@ -114,8 +118,9 @@ class Slots:
         Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that
         their module writes into as it is called (Embedding with max_norm). in_place: both stay the model's own, and their values
         are put back, without the graph of what was written into them. Whatever else is done to modules within the block is
-        undone: modes, attributes that are bound anew, entries of lists, dicts and sets in attributes, values of small tensors in
-        attributes. RuntimeError where a large one has been written into.
+        undone: modes, hooks, submodules and buffers that are added, attributes that are bound anew, entries of lists, dicts and
+        sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been written into, or
+        parameters have been added.
         """
         attributes = [(vars(module), dict(vars(module))) for module in self.modules]
         contents = [(container, container.copy()) for container in self.containers]
@@ -149,6 +154,7 @@ class Slots:
                 write(kept, values)
             for container, key, tensor in self.originals:
                 container[key] = tensor
+            added = self._taken_back([other for _, other in tensors])
             for now, before in attributes:
                 if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
                     now.clear()
@@ -161,6 +167,11 @@ class Slots:
                     with torch.no_grad():
                         tensor.copy_(copy)
             in_a_graph = [tensor for tensor, before in graphs if tensor.grad_fn is not before and not _cut_off(tensor, before)]
+        if added:
+            raise RuntimeError(
+                f"a loss has added parameters to the model, {some(added)}, which were not there when its parameters were taken, so "
+                "that each candidate would have others; call the model once before (a first call builds them)"
+            )
         for tensor in in_a_graph:
             places = [*self.plain, *self.originals]
             name = next(name for _, name, own in places if own is tensor)
@@ -175,6 +186,22 @@ class Slots:
                     "candidate would see what another has left there. Make it a buffer (register_buffer), of which every candidate "
                     "gets a copy, or bind the attribute to a new tensor"
                 )
+
+    def _taken_back(self, others: Sequence[Tensor]) -> list[str]:
+        """What a module has added to itself or to others, at its first call, say. others: what stands in the parameters' places.
+
+        Returned are names of parameters among it.
+        """
+        added: list[str] = []
+        if self.registries != self.registered:
+            known = self.places.keys() | {id(other) for other in others}
+            added = [name for name, p in self.modules[0].named_parameters() if id(p) not in known]
+            for now, before in zip(self.registries, self.registered):
+                _refill(now, before)
+        for module, own in zip(self.modules, self.classes):
+            if type(module) is not own:
+                module.__class__ = own
+        return added
 
     @contextmanager
     def _again(self, tensors: list[tuple[Tensor, Tensor]], modes: list[bool]):
