@@ -15,6 +15,7 @@ from .host.gathering import partial
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, plain
 from .host.slots import own_cache
+from .host.stand_ins import StandIn, Watch
 from .operations.forward_mode import nodes, scripted
 from .operations.threads import Shared, replaced
 
@@ -59,7 +60,7 @@ def unrolled(
 
 def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(ℓ_T at the first step, ℓ_V after the last, dℓ_V/dλ)"""
-    theta = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+    theta = {name: StandIn.leaf(p) for name, p in problem.theta.items()}
     first = None
     for _ in range(n_steps):
         with problem.holding(theta):
@@ -95,11 +96,11 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
     modes = [(module, module.training) for module in model.modules()]
     try:
         with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (functional, inner_optimizer):
-            start = {**own, **problem.fixed, **{name: p.clone().requires_grad_() for name, p in problem.theta.items()}}
+            start = {**own, **problem.fixed, **{name: StandIn.leaf(p.clone()) for name, p in problem.theta.items()}}
             functional.update_params([start[name] for name in own])
             first = None
             for _ in range(n_steps):
-                with own_cache():
+                with _standing_in(problem, functional):
                     loss = _train_loss(problem, functional)
                 _set_modes(functional, modes)
                 first = loss.detach() if first is None else first
@@ -107,12 +108,24 @@ def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor,
                     inner_optimizer.step(loss)
                 # As in the other estimators, statistics that BatchNorm gathers on the way are thrown away.
                 higher.patch.buffer_sync(model, functional)
-            with own_cache():
+            with _standing_in(problem, functional):
                 val = problem.scalar(val_loss, val_loss(functional))
             return first, val.detach(), partial(val, problem.hyperparameters)
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _standing_in(problem: Problem, functional: nn.Module):
+    """A block in which a closure has the parameters of a step, and does not write into them."""
+    own = list(problem.own.values())
+    functional.update_params([StandIn.of(p, step) for p, step in zip(own, functional.fast_params)])
+    watch = Watch(functional.fast_params)
+    owners = {id(step): p for p, step in zip(own, functional.fast_params)}
+    with own_cache():
+        yield
+    problem.slots.check_written([owners[id(step)] for step in watch.end()], changed=False)
 
 
 def _set_modes(functional: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
@@ -245,7 +258,7 @@ def _implicit(
         layout = problem.layout
         val, direct, flats = problem.val_gradient([problem.theta])
         gradient = list(layout.named(flats).values())
-        leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
+        leaves = {name: StandIn.leaf(problem.theta[name]) for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())
         with problem.holding(leaves):
             loss = _train_loss(problem)

@@ -19,6 +19,7 @@ from .host.checks import Closure, Parameters, check_count, check_positive, check
 from .host.gathering import partial as partial_derivatives
 from .host.problem import Problem
 from .host.result import Hypergradient
+from .host.stand_ins import StandIn
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
@@ -210,7 +211,7 @@ class _Run:
     def plain(self) -> None:
         """Forward and backward pass of a training step."""
         problem = self.problem
-        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+        leaves = {name: StandIn.leaf(p) for name, p in problem.theta.items()}
         with problem.undisturbed(), problem.holding(leaves):
             partial_derivatives(problem.evaluate(problem.train_loss), list(leaves.values()))
 

@@ -126,7 +126,6 @@ def t1_t2(problem, forward):
 
 NOT_TAKEN = {  # and why
     ("vmap", "spectral_norm"), ("vmap", "by_hooks"),  # in place on what is not batched; no batching rule
-    ("mixed_mode", "spectral_norm"), ("mixed_mode", "by_hooks"),  # no forward-mode formula
     ("higher", "twice"), ("higher", "twice_tied"), ("higher", "sibling"), ("higher", "containers"),  # copies know one name
     ("higher", "parametrized"), ("higher", "spectral_norm"), ("higher", "by_hooks"),
 }  # fmt: skip
@@ -480,7 +479,68 @@ def test_embeddings_that_renormalise_themselves_are_left_alone(float64):
         assert torch.equal(model.e.weight, before), name
 
 
-def test_a_loss_that_writes_into_parameters_is_an_error():
+class Encoders(nn.Module):
+    """A frozen encoder beside the one that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.frozen, self.head = nn.Linear(D, 6), nn.Linear(D, 6).requires_grad_(False), nn.Linear(6, C)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.encoder(x) + self.frozen(x)))
+
+
+def momentum(m):
+    for p, q in zip(m.frozen.parameters(), m.encoder.parameters()):
+        p.data.mul_(0.9).add_(0.1 * q.detach())
+
+
+def assigned(m):
+    for p, q in zip(m.frozen.parameters(), m.encoder.parameters()):
+        p.data = 0.9 * p.data + 0.1 * q.data
+
+
+WRITTEN = "a loss has written into the model's parameters '(head|encoder|frozen)"
+SAID = {"vmap": f"{WRITTEN}|batch|broadcast", "mixed_mode": f"{WRITTEN}|tensor.data cannot be assigned to"}
+WRITING = {  # and whether the model is left as it was
+    "mul_": (torch.no_grad()(lambda m: m.head.weight.mul_(0.9)), False),
+    "load_state_dict": (lambda m: m.load_state_dict({n: 0.5 * t for n, t in m.state_dict().items()}), False),
+    "frozen": (lambda m: m.frozen.weight.mul_(0.9), False),
+    "data, mul_": (lambda m: m.head.weight.data.mul_(0.9), True),
+    "data, an element": (lambda m: m.head.bias.data.__setitem__(0, 0.0), True),
+    "data, assigned": (lambda m: setattr(m.head.weight, "data", 0.5 * m.head.weight.data), True),
+    "vector_to_parameters": (lambda m: nn.utils.vector_to_parameters(torch.zeros(6 * C), [m.head.weight]), True),
+    "momentum encoder": (momentum, True),
+    "momentum encoder, assigned": (assigned, True),
+}
+
+
+@pytest.mark.parametrize("which", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize("how", WRITING)
+def test_a_loss_that_writes_into_parameters_is_an_error(how, estimator, which, float64):
+    torch.manual_seed(0)
+    problem = problem_of(Encoders(), "losses")
+    before = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+    write, left = WRITING[how]
+    losses = {"train_loss": problem.train_loss, "val_loss": problem.val_loss}
+    plain = losses[which]
+
+    def writing(m):
+        write(m)
+        return plain(m)
+
+    losses[which] = writing
+    with pytest.raises((RuntimeError, NotImplementedError), match=SAID.get(estimator, WRITTEN)):
+        CALLS[estimator](*losses.values(), problem.model, problem.hyperparameters)
+    assert all(type(p) is nn.Parameter and not vars(p) for p in problem.model.parameters())
+    if left:
+        assert all(torch.equal(p, before[name]) for name, p in problem.model.named_parameters())
+
+
+
+
+def test_a_loss_that_writes_into_parameters_that_it_holds_is_an_error():
     problem = problem_of(nn.Linear(D, C))
 
     def train_loss(m):
@@ -489,8 +549,37 @@ def test_a_loss_that_writes_into_parameters_is_an_error():
         return problem.train_loss(m)
 
     own = problem.model.weight
-    with pytest.raises(RuntimeError, match="a loss has written into the model's parameters 'weight'"):
+    with pytest.raises(RuntimeError, match="a loss has written into the model's parameters 'weight': the model is changed"):
         evograd.hypergradient(train_loss, *problem.args()[1:])
+
+
+READING = {
+    "data": lambda m: m.frozen.weight.data.norm() + m.head.weight.data.norm(),
+    "a copy": lambda m: copy.deepcopy(m),
+    "to": lambda m: m.to("cpu", torch.float64),
+    "parameters_to_vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
+    "state_dict": lambda m: m.state_dict(),
+}
+
+
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize("how", READING)
+def test_a_loss_may_read_what_it_must_not_write(how, estimator, float64):
+    if (how, estimator) in {("a copy", "higher"), ("to", "vmap")}:
+        pytest.skip("an error of theirs")
+    torch.manual_seed(0)
+    problem = problem_of(Encoders(), "losses")
+    found = []
+    for read in (lambda m: None, READING[how]):
+
+        def train_loss(m, read=read):
+            read(m)
+            return problem.train_loss(m)
+
+        torch.manual_seed(3)
+        found.append(CALLS[estimator](train_loss, *problem.args()[1:]).grads)
+    assert relative_difference(*found) < 1e-12
+    assert all(type(p) is nn.Parameter and not vars(p) for p in problem.model.parameters())
 
 
 # --- parameters, gradients, modes --------------------------------------------------------------------------------------
@@ -716,6 +805,37 @@ def test_a_loss_that_goes_back_to_the_models_own_parameters_is_refused(estimator
     for _ in range(2):  # the second time too
         with pytest.raises(RuntimeError, match="uses the model's own parameter '.*strategy='in_place'"):
             ESTIMATORS[estimator](loss, lambda m: F.cross_entropy(m(x), y), model, [lam])
+
+
+class Decay:
+    """A loss that goes over parameters that were listed before, if it is told to."""
+
+    def __init__(self, x, y, listed, on, lam=None):
+        self.x, self.y, self.listed, self.on, self.lam = x, y, listed, on, lam
+
+    def __call__(self, m):
+        losses = F.cross_entropy(m(self.x), self.y, reduction="none")
+        loss = losses.mean() if self.lam is None else (self.lam * losses).mean()
+        return loss + 0.4 * sum(p.square().sum() for p in self.listed) if self.on else loss
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("how", ["switched on", "the same code", "a function that is made"])
+def test_own_parameters_are_looked_for_each_time(how, estimator, float64):
+    """A penalty that begins later; two losses of one class, or out of one function."""
+    model, lam = nn.Linear(D, C), torch.rand(N, requires_grad=True)
+    made = (lambda loss: lambda m: loss(m)) if how == "a function that is made" else lambda loss: loss
+    train, val = (Decay(torch.randn(N, D), torch.randint(C, (N,)), list(model.parameters()), False) for _ in range(2))
+    train.lam, train.on = lam, how != "switched on"
+    problem = (made(train), made(val), model, [lam])
+    if how == "switched on":
+        ESTIMATORS[estimator](*problem)
+        train.on = True
+    with pytest.raises(RuntimeError, match="train_loss uses the model's own parameter '.*strategy='in_place'"):
+        ESTIMATORS[estimator](*problem)
+    train.on, val.on = False, True
+    with pytest.raises(RuntimeError, match="val_loss uses the model's own parameter '"):
+        ESTIMATORS[estimator](*problem)
 
 
 @pytest.mark.parametrize("by", ["tuple", "nested", "partial", "plain"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..operations.forward_mode import bare, nodes
+from ..operations.forward_mode import bare, leaves
 from . import checks
 from .checks import Closure, Parameters
 from .draws import Draws
@@ -18,10 +17,9 @@ from .gathering import Gathering, partial
 from .in_place import InPlace
 from .precision import Precision
 from .sharded import Sharding, local
-from .slots import Slots, StandIn, some
+from .slots import Slots
+from .stand_ins import StandIn
 from .vectors import Layout, Position, Vector
-
-_looked: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # code of losses that `Problem._check_place` has seen
 
 
 class Problem:
@@ -60,7 +58,7 @@ class Problem:
         found = checks.chosen(model, self.own, hyper, parameters)
         self.theta = {name: local(p) for name, p in found.items()}
         others = {name: p for name, p in self.own.items() if id(p) not in hyper}
-        self.fixed = {name: p.detach() for name, p in others.items() if name not in self.theta}
+        self.fixed = {name: StandIn.fixed(p) for name, p in others.items() if name not in self.theta}
         checks.check_memory({name: local(p) if self.sharding else p for name, p in others.items()}, self.theta)
         self.place: InPlace | None = None
         if in_place or self.sharding:
@@ -110,29 +108,22 @@ class Problem:
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             )
             raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
-        self._check_place(which, closure, value)
+        self._check_place(which, value)
         return value if value.ndim == 0 else value.reshape(())
 
-    def _check_place(self, which: str, closure: Closure, value: Tensor) -> None:
-        """RuntimeError if a loss goes back to the model's own θ, where others stand in their place.
-
-        Looked for once for each model and piece of code: a loss that has passed is made of the same operations the next time.
-        """
+    def _check_place(self, which: str, value: Tensor) -> None:
+        """RuntimeError if a loss goes back to the model's own θ, where others stand in their place."""
         end = bare(value).grad_fn
-        code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
-        looked = _looked.setdefault(self.model, set())
-        if self.place is not None or end is None or code in looked:
+        if self.place is not None or end is None:
             return
-        names = {id(self.own[name]): name for name in self.theta}
-        for node in nodes([end]):
-            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-                raise RuntimeError(
-                    f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
-                    "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in a "
-                    "tuple, a nested container or a view. Take them from the model that the loss is given, detach() what is "
-                    "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
-                )
-        looked.add(code)
+        found = {id(leaf) for leaf in leaves(end)}
+        if (name := next((name for name in self.theta if id(self.own[name]) in found), None)) is not None:
+            raise RuntimeError(
+                f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
+                "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in a "
+                "tuple, a nested container or a view. Take them from the model that the loss is given, detach() what is "
+                "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
+            )
 
     def at(self, position: Position) -> AbstractContextManager:
         """The model at a position, which has no graph of its own."""
@@ -148,18 +139,18 @@ class Problem:
         """
         if self.place is None:
             held = _whole(at)
-            leaves = {name: held[name].detach().requires_grad_() for bucket in self.layout.buckets for name in bucket.names}
-            block = self.holding(leaves)
+            ours = {name: StandIn.leaf(held[name]) for bucket in self.layout.buckets for name in bucket.names}
+            block = self.holding(ours)
         else:
-            leaves, block = self.place.parameters, self.place.at(at, differentiable=True)
+            ours, block = self.place.parameters, self.place.at(at, differentiable=True)
         n = len(self.hyperparameters)
         with block:
             value = self.evaluate(closure)
             if self.sharding:
                 grads = self.sharding.backward(value, self.hyperparameters)
             else:
-                with Gathering(self.layout, leaves, take) if len(self.layout.buckets) > 1 else nullcontext():
-                    grads = partial(value, [*self.hyperparameters, *leaves.values()], self.keeps)
+                with Gathering(self.layout, ours, take) if len(self.layout.buckets) > 1 else nullcontext():
+                    grads = partial(value, [*self.hyperparameters, *ours.values()], self.keeps)
         if self.sharding:
             for b, bucket in enumerate(self.layout.buckets):
                 own = [self.own[name] for name in bucket.names]
@@ -266,9 +257,7 @@ class Problem:
                     tensor.grad = gradient
             if self.sharding:
                 self.sharding.copy_flags()
-        written = [name for name, version in versions.items() if self.own[name]._version != version]
-        if written:
-            raise RuntimeError(f"a loss has written into the model's parameters {some(written)}: the model is changed")
+        self.slots.check_written([self.own[n] for n, version in versions.items() if self.own[n]._version != version], changed=True)
 
 
 def emptied(tensors: list[Tensor]) -> Iterator[Tensor]:

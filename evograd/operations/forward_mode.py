@@ -216,6 +216,21 @@ def nodes(ends: list[torch.autograd.graph.Node], starts: list[torch.autograd.gra
             waiting += [before for before, _ in node.next_functions if before is not None]
 
 
+def leaves(end: torch.autograd.graph.Node) -> list[Tensor]:
+    """The tensors that a graph begins at. It is looked through at every loss, so that only ends are asked for them."""
+    waiting, seen, found = [end], {end}, []
+    while waiting:
+        node = waiting.pop()
+        before = node.next_functions
+        if not before:
+            found.append(getattr(node, "variable", None))
+        for other, _ in before:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return [leaf for leaf in found if leaf is not None]
+
+
 def _functions(value) -> list[torch.autograd.graph.Node]:
     """The nodes that the tensors in `value`, and their tangents, have come from."""
     tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
