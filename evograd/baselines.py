@@ -14,7 +14,6 @@ from .host.checks import Closure, Parameters, check_count, check_positive
 from .host.gathering import partial
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, plain
-from .host.slots import own_cache
 from .host.stand_ins import StandIn, Watch
 from .operations.forward_mode import nodes, scripted
 from .operations.threads import Shared, replaced
@@ -123,7 +122,7 @@ def _standing_in(problem: Problem, functional: nn.Module):
     functional.update_params([StandIn.of(p, step) for p, step in zip(own, functional.fast_params)])
     watch = Watch(functional.fast_params)
     owners = {id(step): p for p, step in zip(own, functional.fast_params)}
-    with own_cache():
+    with problem.slots.holding(()):  # of modules beside the model
         yield
     problem.slots.check_written([owners[id(step)] for step in watch.end()], changed=False)
 

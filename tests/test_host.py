@@ -582,6 +582,162 @@ def test_a_loss_may_read_what_it_must_not_write(how, estimator, float64):
     assert all(type(p) is nn.Parameter and not vars(p) for p in problem.model.parameters())
 
 
+# --- what a loss has beside the model ----------------------------------------------------------------------------------
+
+
+class Weighing(nn.Module):
+    """A network of weights of losses, whose parameters are λ, with a state of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(5)
+        linear = nn.Linear(4, 4)
+        self.kind, self.calls, self.last, self.seen = kind, 0, torch.zeros(4), []
+        self.first = nn.Linear(1, 4)
+        self.between = {"spectral_norm": lambda: spectral_norm(linear), "old spectral_norm": lambda: nn.utils.spectral_norm(linear)}
+        self.between = self.between.get(kind, lambda: nn.BatchNorm1d(4) if kind == "BatchNorm" else linear)()
+        self.net = nn.Sequential(self.first, nn.Tanh(), self.between, nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, losses):
+        losses = losses[:, None].detach()
+        if self.kind == "bound anew":
+            self.mean = 0.5 * self.mean + losses.mean()
+        elif self.kind == "in place":
+            self.mean.mul_(0.5).add_(losses.mean())
+        elif self.kind == "attributes":
+            self.calls += 1
+            self.last += self.calls
+            self.seen.append(losses)
+        elif self.kind == "a hook" and not self.calls:
+            self.first.register_forward_hook(lambda m, i, o: 2 * o)
+            self.calls = 1
+        return self.net(losses - self.mean + self.last.sum() + len(self.seen))[:, 0]
+
+
+class Holder:
+    """An object with the network in an attribute, whose loss is a method, or which is a loss itself."""
+
+    def __init__(self, net, loss):
+        self.parts, self.plain = {"net": [net]}, loss
+
+    def loss(self, m):
+        return self.plain(m, self.inner())
+
+    def inner(self):
+        return self.parts["net"][0]
+
+    def __call__(self, m):
+        return self.loss(m)
+
+
+class Trained(nn.Module):
+    """The model and the network in one module."""
+
+    def __init__(self, model, net, loss):
+        super().__init__()
+        self.model, self.net, self.plain = model, net, loss
+
+    def loss(self, m):
+        return self.plain(m, self.net)
+
+
+def weighed(kind, how="a cell"):
+    """A problem, and the network of its weights, which the training loss reaches in one way or another."""
+    x, y, known = torch.randn(N, D), torch.randint(C, (N,)), torch.rand(N)
+    model, net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C)), Weighing(kind)
+    loss = lambda m, net: (net(known) * F.cross_entropy(m(x), y, reduction="none")).mean()
+    if how == "a cell":
+        train_loss = lambda m: loss(m, net)
+    elif how == "a global":
+        globals()["_net"] = net
+        train_loss = lambda m: (lambda: loss(m, _net))()
+    elif how == "a partial function":
+        train_loss = functools.partial(loss, net=net)
+    elif how == "a default":
+        train_loss = lambda m, net=net: loss(m, net)
+    elif how == "the module with all":
+        train_loss = Trained(model, net, loss).loss
+    else:
+        holder = Holder(net, loss)
+        train_loss = {"a method": holder.loss, "an object": holder, "a method of a cell": lambda m: holder.loss(m)}[how]
+    x_val, y_val = torch.randn(N, D), torch.randint(C, (N,))
+    return Bilevel(model, list(net.parameters()), train_loss, lambda m: F.cross_entropy(m(x_val), y_val)), net
+
+
+STATES = ["bound anew", "in place", "spectral_norm", "old spectral_norm", "BatchNorm", "attributes", "a hook"]
+WAYS = ["a global", "a partial function", "a default", "the module with all", "a method", "an object", "a method of a cell"]
+WRITTEN_INTO = {("vmap", "spectral_norm"), ("vmap", "old spectral_norm"), ("mixed_mode", "attributes")}
+REACHED = [(kind, "a cell") for kind in STATES] + [("in place", way) for way in WAYS]
+
+
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize(("kind", "how"), REACHED)
+def test_the_state_of_what_belongs_to_lambda_is_that_before_the_call(kind, how, estimator, float64):
+    """Each evaluation begins with it, whatever others have done, and it is there afterwards."""
+    torch.manual_seed(0)
+    problem, net = weighed(kind, how)
+    if (estimator, kind) in WRITTEN_INTO:
+        with pytest.raises((RuntimeError, NotImplementedError), match="vmap|cannot be written into"):
+            CALLS[estimator](*problem.args())
+        return
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch.manual_seed(3)
+    found = CALLS[estimator](*problem.args()).grads
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert net.calls == 0 and not net.seen and not net.last.any() and not net.first._forward_hooks
+    torch.manual_seed(0)
+    problem, net = weighed(kind)
+
+    def fresh(m):
+        torch.manual_seed(0)
+        other, used = weighed(kind)
+        own = dict(net.named_parameters())
+        for name, p in used.named_parameters():
+            *path, last = name.split(".")
+            vars(functools.reduce(getattr, path, used))["_parameters"][last] = own[name]
+        return other.train_loss(m)
+
+    torch.manual_seed(3)
+    estimator = "retain" if estimator == "vmap" else estimator  # the same, and modules can be made in it
+    expected = CALLS[estimator](fresh, *problem.args()[1:]).grads
+    assert relative_difference(found, expected) < 1e-10
+
+
+class Queue:
+    def __init__(self):
+        self.kept = {"scale": torch.ones(2)}
+
+
+KEPT = torch.zeros(3)
+
+
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize("what", ["mean", "held.kept.scale", "KEPT", "x", r"hyperparameters\[0\]", "weight"])
+def test_a_loss_that_writes_into_what_it_has_beside_the_model_is_named(what, estimator, float64):
+    """A running mean, a queue, data, λ itself, a teacher."""
+    x, y, lam = torch.randn(N, D), torch.randint(C, (N,)), torch.rand(N, requires_grad=True)
+    x_val, model, teacher = torch.randn(N, D), nn.Linear(D, C), nn.Linear(D, C)
+    mean, held = torch.zeros(()), Queue()
+    writes = {
+        "mean": lambda: mean.mul_(0.9).add_(0.1),
+        "held.kept.scale": lambda: held.kept["scale"].mul_(0.9),
+        "KEPT": lambda: KEPT.__setitem__(0, 1.0),
+        "x": lambda: x.mul_(0.9),
+        r"hyperparameters\[0\]": lambda: lam.clamp_(0, 1),
+        "weight": lambda: teacher.weight.mul_(0.9),
+    }
+    write = torch.no_grad()(writes[what])
+
+    def train_loss(m):
+        write()
+        return (lam * F.cross_entropy(m(x) + teacher(x).detach(), y, reduction="none")).mean() + mean + held.kept["scale"].sum()
+
+    said = "from outside of it cannot be written into" if estimator == "mixed_mode" else f"a loss has written into '[^']*{what}', which"
+    with pytest.raises(RuntimeError, match=said):
+        CALLS[estimator](train_loss, lambda m: F.cross_entropy(m(x_val), y), model, [lam])
+
+
 # --- parameters, gradients, modes --------------------------------------------------------------------------------------
 
 

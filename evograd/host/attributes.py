@@ -16,10 +16,10 @@ SMALL = 2**16  # elements of a plain tensor that is copied, so that what is writ
 
 
 class Attributes:
-    """Of modules, the first of which has all others in it."""
+    """Of modules, and of all in them. roots: those that have the others in them."""
 
-    def __init__(self, modules: Sequence[nn.Module]):
-        self.modules = modules
+    def __init__(self, modules: Sequence[nn.Module], roots: Sequence[nn.Module]):
+        self.modules, self.roots = modules, roots
         self.classes = list(map(type, modules))
         # Of every module: names of its parameters, buffers and parts, and its hooks.
         self.filled: list[object] = []
@@ -64,7 +64,7 @@ class Before:
         """All of it. known: ids of the parameters that may be there."""
         of = self.of
         if of.grown():
-            self.added = [name for name, p in of.modules[0].named_parameters() if id(p) not in known]
+            self.added = [name for root in of.roots for name, p in root.named_parameters() if id(p) not in known]
             for now, before in zip((*of.filled, *of.empty), (*of.entries, *(type(registry)() for registry in of.empty))):
                 _refill(now, before)
         if list(map(type, of.modules)) != of.classes:

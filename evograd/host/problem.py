@@ -16,8 +16,9 @@ from .draws import Draws
 from .gathering import Gathering, partial
 from .in_place import InPlace
 from .precision import Precision
+from .reach import Reach
 from .sharded import Sharding, local
-from .slots import Slots
+from .slots import Slots, some
 from .stand_ins import StandIn
 from .vectors import Layout, Position, Vector
 
@@ -49,12 +50,14 @@ class Problem:
         self.train_loss, self.val_loss, self.model, self.keeps = train_loss, val_loss, model, keeps
         self.hyperparameters = checks.checked_hyperparameters(hyperparameters)
         self.sharding = Sharding.of(model)
-        self.slots = Slots(model)
+        hyper = {id(h) for h in self.hyperparameters}
+        self.reach = Reach(model, train_loss, val_loss)
+        self.slots = Slots(model, self.reach.modules, hyper)
+        self.reach.watch(self.slots.looked_after(), self.hyperparameters)
         checks.check_built((name, tensor) for _, name, tensor in self.slots.originals)
         self.own = self.slots.parameters
         if self.sharding and in_place is False:
             checks.refuse_sharded(self.own)
-        hyper = {id(h) for h in self.hyperparameters}
         found = checks.chosen(model, self.own, hyper, parameters)
         self.theta = {name: local(p) for name, p in found.items()}
         others = {name: p for name, p in self.own.items() if id(p) not in hyper}
@@ -238,6 +241,7 @@ class Problem:
         tensors = {id(t): t for t in [*self.own.values(), *self.hyperparameters]}.values()
         before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
         versions = {name: p._version for name, p in self.own.items() if not p.is_inference()}
+        beside = {name: t._version for name, t in self.reach.tensors.items()}
         try:
             for tensor, _, gradient in before:
                 if gradient is not None:
@@ -258,6 +262,11 @@ class Problem:
             if self.sharding:
                 self.sharding.copy_flags()
         self.slots.check_written([self.own[n] for n, version in versions.items() if self.own[n]._version != version], changed=True)
+        if written := [name for name, version in beside.items() if self.reach.tensors[name]._version != version]:
+            raise RuntimeError(
+                f"a loss has written into {some(written)}, which it reaches beside the model, so that each evaluation sees what "
+                "another has left there; do that outside of the losses, or make it a buffer of a module, which each has a copy of"
+            )
 
 
 def emptied(tensors: list[Tensor]) -> Iterator[Tensor]:

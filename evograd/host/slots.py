@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -24,9 +24,12 @@ class Slots:
 
     `holding` puts other tensors there. A module that is registered under several names, and a parameter that is shared by several
     modules, have all of their places changed and restored.
+
+    beside: other modules that losses call (a weight net, a teacher), whose buffers and attributes are treated as the model's.
+    hyper: ids of tensors that stay themselves everywhere.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, beside: Sequence[nn.Module] = (), hyper: Collection[int] = ()):
         self.parameters: dict[str, Tensor] = {}  # a shared one appears once, under its first name
         self.modules: list[nn.Module] = []  # each once
         self.places: dict[int, list[tuple[object, object]]] = {}
@@ -34,20 +37,23 @@ class Slots:
         self.buffers: dict[int, Tensor] = {}
         self.written: set[int] = set()  # weights that their module writes into as it is called
         self.block: object = None  # the innermost one that is open
-        for prefix, module in model.named_modules():
+        memo: set[nn.Module] = set()
+        named = [(root is model, *entry) for root in (model, *beside) for entry in root.named_modules(memo)]
+        for of_model, prefix, module in named:
             self.modules.append(module)
             for name, tensor in module._parameters.items():
                 if tensor is not None:
-                    if id(tensor) not in self.places:
+                    if of_model and id(tensor) not in self.places:
                         self.parameters[f"{prefix}.{name}" if prefix else name] = tensor
                     self._add(module._parameters, name, tensor)
             for name, tensor in module._buffers.items():
                 if tensor is not None:
-                    self.buffers[id(tensor)] = tensor
+                    if id(tensor) not in hyper:
+                        self.buffers[id(tensor)] = tensor
                     self._add(module._buffers, name, tensor)
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 self.written.add(id(module.weight))
-        self.attributes = Attributes(self.modules)
+        self.attributes = Attributes(self.modules, (model, *beside))
         for container in self.attributes.containers:
             for key, item in items(container):
                 if id(item) in self.places:
@@ -56,6 +62,10 @@ class Slots:
     def _add(self, container: object, key: object, tensor: Tensor) -> None:
         self.places.setdefault(id(tensor), []).append((container, key))
         self.originals.append((container, key, tensor))
+
+    def looked_after(self) -> set[int]:
+        """Ids of tensors that are the modules' own."""
+        return {*self.places, *(id(tensor) for _, _, tensor in self.attributes.plain)}
 
     def kept(self) -> list[Tensor]:
         """What a module may write into as it is called, and what is put back where a model holds its own tensors."""

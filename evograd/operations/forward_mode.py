@@ -408,6 +408,8 @@ def glu(_, x, dim=-1):
 def _batch_norm(_, x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
     if not training and running_mean is not None:
         return None  # statistics that are constants: PyTorch's own formula is right
+    if not tangents([p for p in (x, weight, bias) if p is not None]):  # but running ones, from outside, cannot be written into
+        return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, cudnn_enabled)
     return _normalized(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
 
 
@@ -521,7 +523,7 @@ ROWS = (
     Row(
         "batch_norm",
         _batch_norm,
-        tangents,
+        wrapped,
         STATISTICS,
         "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
         True,
