@@ -22,7 +22,7 @@ from .host.gathering import partial
 from .host.precision import Precision
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, looked_at
-from .host.vectors import Position, Vector, norm
+from .host.vectors import Position, Vector, norm, norms
 from .operations.kinks import Kinks, OwnKinks
 from .radius import RETAKES, Radius, better, is_found, start
 
@@ -190,7 +190,7 @@ def measured(problem: Problem, direction: Sequence[Tensor], team: processes.Alon
     layout = problem.layout
     views = [view for bucket, flat in zip(layout.buckets, direction) for view in bucket.views(flat)]
     like = views[0].new_empty((), dtype=torch.promote_types(views[0].dtype, torch.float32))
-    of_v, of_theta = (torch.stack([n.to(like) for n in torch._foreach_norm(tensors)]) for tensors in (views, layout.tensors))
+    of_v, of_theta = (torch.stack([n.to(like) for n in norms(tensors)]) for tensors in (views, layout.tensors))
     part = of_v.square()
     there = part * (of_theta > 0)  # of the norm of a tensor of zeros nothing is learned
     logs = there * of_theta.log().nan_to_num_(neginf=0)
@@ -233,7 +233,8 @@ class Pair:
                 flat = self.place.displacement(bucket).mul_(self.held * sign)
             else:
                 flat, direction = bucket.empty(), self.direction[b]
-                torch.mul(direction, (sign * self.step).to(direction), out=flat[: direction.numel()])
+                precise = torch.promote_types(direction.dtype, torch.float32)  # a step in float16 may be zero
+                torch.mul(direction.to(precise), (sign * self.step).to(precise), out=flat[: direction.numel()])
                 if self.place is not None:
                     self.direction[b] = direction = None
             yield bucket.moved(flat)

@@ -69,11 +69,9 @@ def parts(value: object) -> Iterator[tuple[str, object]]:
         if not value.__module__ or value.__module__.partition(".")[0] not in OTHERS:
             yield from of_function(value)
     elif kind is types.MethodType:
-        names = value.__func__.__code__.co_names if hasattr(value.__func__, "__code__") else ()
         yield "self", value.__self__
         yield from vars(value.__self__).items() if isinstance(value.__self__, nn.Module) else ()
         yield "", value.__func__
-        yield from ((name, getattr(type(value.__self__), name, None)) for name in names)
     elif kind is partial:
         yield from [("", value.func), *((str(i), a) for i, a in enumerate(value.args)), *value.keywords.items()]
     elif kind in (list, tuple, set):

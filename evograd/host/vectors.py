@@ -228,6 +228,13 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all of them as one vector, in float32 at least."""
+    found = norms(tensors)
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([n.to(norms[0].device, dtype) for n in norms]).norm()
+    return torch.stack([n.to(found[0].device, dtype) for n in found]).norm()
+
+
+def norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of each, in numbers that do not overflow."""
+    if any(t.dtype == torch.float16 for t in tensors):
+        return [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch._foreach_norm(tensors)
