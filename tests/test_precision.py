@@ -179,8 +179,8 @@ def test_losses_in_float16_may_be_scaled(estimator, scale, strategy):
             return evograd.guided(*args, inner_lr=LR / scale, strategy=strategy).grads
 
     for found, expected in zip(estimate(scale), estimate(1.0)):
-        assert F.cosine_similarity(found, expected, dim=0) > 0.99
-        assert found.norm() == pytest.approx(scale * expected.norm().item(), rel=0.05)
+        assert F.cosine_similarity(found, expected, dim=0) > 0.9999  # a power of two
+        assert found.norm() == pytest.approx(scale * expected.norm().item(), rel=1e-3)
 
 
 def test_a_hyperparameter_whose_gradients_float16_does_not_hold_is_named():
