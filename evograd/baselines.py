@@ -14,7 +14,8 @@ from .host.checks import Closure, Parameters, check_count, check_positive
 from .host.gathering import partial
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, plain
-from .host.stand_ins import StandIn, Watch
+from .host.stand_ins import StandIn
+from .host.with_higher import by_higher
 from .operations.forward_mode import nodes, scripted
 from .operations.threads import Shared, replaced
 
@@ -53,84 +54,26 @@ def unrolled(
         raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     with problem.undisturbed(), _twice_differentiable():
-        first, val, grads = (_by_higher if engine == "higher" else _by_holding)(problem, inner_lr, n_steps)
+        by = by_higher if engine == "higher" else _by_holding
+        first, val, grads = by(problem, inner_lr, n_steps, _train_loss)
         return plain(problem.assemble([grads]), val, first.reshape(1))
 
 
-def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def _by_holding(problem: Problem, inner_lr: float, n_steps: int, train_loss: Callable) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(ℓ_T at the first step, ℓ_V after the last, dℓ_V/dλ)"""
     theta = {name: StandIn.leaf(p) for name, p in problem.theta.items()}
     first = None
     for _ in range(n_steps):
         with problem.holding(theta):
-            loss = _train_loss(problem)
+            loss = train_loss(problem)
             first = loss.detach() if first is None else first
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
                 steps = zip(theta.items(), grads)
-                theta = {name: p if g is None else torch.add(p, g, alpha=-inner_lr) for (name, p), g in steps}
+                theta = {name: p if g is None else torch.add(p, g.to(p), alpha=-inner_lr) for (name, p), g in steps}
     with problem.holding(theta):
         val = problem.evaluate(problem.val_loss)
         return first, val.detach(), partial(val, problem.hyperparameters)
-
-
-def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The same, made with `higher`."""
-    try:
-        import higher  # here, so that EvoGrad itself does not need it
-    except ImportError as error:
-        raise ImportError(
-            "engine='higher' makes its steps with the package higher, which is not installed: "
-            "pip install 'evograd-hypergradients[baselines]', or pip install higher; engine='functional' needs none"
-        ) from error
-
-    model, val_loss, own = problem.model, problem.val_loss, problem.own
-    if hooked := [repr(name) for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]:
-        raise NotImplementedError(
-            f"engine='higher' calls no hooks, and {hooked[0]} has one (torch.nn.utils.weight_norm or prune, say, whose weight it "
-            "would not make anew); use engine='functional'"
-        )
-    optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
-    optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (functional, inner_optimizer):
-            start = {**own, **problem.fixed, **{name: StandIn.leaf(p.clone()) for name, p in problem.theta.items()}}
-            functional.update_params([start[name] for name in own])
-            first = None
-            for _ in range(n_steps):
-                with _standing_in(problem, functional):
-                    loss = _train_loss(problem, functional)
-                _set_modes(functional, modes)
-                first = loss.detach() if first is None else first
-                if loss.requires_grad:
-                    inner_optimizer.step(loss)
-                # As in the other estimators, statistics that BatchNorm gathers on the way are thrown away.
-                higher.patch.buffer_sync(model, functional)
-            with _standing_in(problem, functional):
-                val = problem.scalar(val_loss, val_loss(functional))
-            return first, val.detach(), partial(val, problem.hyperparameters)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _standing_in(problem: Problem, functional: nn.Module):
-    """A block in which a closure has the parameters of a step, and does not write into them."""
-    own = list(problem.own.values())
-    functional.update_params([StandIn.of(p, step) for p, step in zip(own, functional.fast_params)])
-    watch = Watch(functional.fast_params)
-    owners = {id(step): p for p, step in zip(own, functional.fast_params)}
-    with problem.slots.holding(()):  # of modules beside the model
-        yield
-    problem.slots.check_written([owners[id(step)] for step in watch.end()], changed=False)
-
-
-def _set_modes(functional: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """A closure's modes are its own: the next one does not see them."""
-    for module, (_, mode) in zip(functional.modules(), modes):
-        module.training = mode
 
 
 def finite_difference(
@@ -339,10 +282,3 @@ def _train_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
-
-
-class _Uncopied(list):
-    """`higher` makes a deep copy of the optimizer's parameters, only to throw it away; spare the baseline that memory."""
-
-    def __deepcopy__(self, memo):
-        return list(self)

@@ -171,7 +171,7 @@ def pairs(
         last = fixed is not None or again == RETAKES
         pair = Pair(problem, at_theta, direction, size, fixed or relative * scale, fixed, last)
         yield pair
-        if pair.found or last or math.isnan(pair.apart):
+        if pair.found or pair.last or math.isnan(pair.apart):
             break
         seen = relative, pair.curvature
         relative, before = better(*seen, pair.apart, pair.eps, before), seen
@@ -262,6 +262,7 @@ class Pair:
         """The same, where the host has them."""
         if values:
             self.curvature, self.apart = values[0], values[1] / self.eps if values[2] > 0 else math.inf
+            self.last |= math.isnan(self.apart)  # of zeros nothing is learned
 
     @property
     def eps(self) -> float:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import pytest
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
@@ -1020,6 +1021,57 @@ def test_a_validation_loss_without_the_model_is_an_error(estimator, how, float64
     wrong = torch.no_grad()(val) if how == "no_grad" else lambda m: val(other)
     with pytest.raises(RuntimeError, match="val_loss depends on neither|does not depend on it"):
         ESTIMATORS[estimator](train, wrong, model, lam)
+
+
+AVERAGED = {
+    "the model": lambda m, x, average: functional_call(m, average, (x,)),
+    "a part": lambda m, x, average: m[2](functional_call(m[0], {n: average[f"0.{n}"] for n in ("weight", "bias")}, (x,))),
+}
+
+
+@pytest.mark.parametrize("how", AVERAGED)
+def test_higher_refuses_functional_calls(how, float64):
+    """An exponential average in val_loss: of its copies they would take other parameters. The model itself takes those given."""
+    model = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C))
+    problem, x_val, y_val = problem_of(model, "losses"), torch.randn(N, D), torch.randint(C, (N,))
+    average = lambda m: {name: 0.1 * p for name, p in m.named_parameters()}
+    val_loss = lambda m: F.cross_entropy(AVERAGED[how](m, x_val, average(m)), y_val)
+    args = (problem.train_loss, val_loss, model, problem.hyperparameters)
+    with pytest.raises(NotImplementedError, match="functional_call in a loss.*engine='functional'"):
+        b.unrolled(*args, inner_lr=ETA, engine="higher")
+    assert relative_difference(ESTIMATORS["mixed_mode"](*args).grads, ESTIMATORS["unrolled"](*args).grads) < 1e-12
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name != "vmap"])
+def test_a_cast_in_a_loss_is_taken_back(estimator):
+    """model.double(), also of λ in the model."""
+    torch.manual_seed(0)
+    problem = problem_of(Encoders(), "losses")
+    model, lam = problem.model, problem.hyperparameters
+    model.scale = nn.Parameter(torch.ones(()))
+    x, y = torch.randn(N, D, dtype=torch.float64), torch.randint(C, (N,))
+
+    def train_loss(m):
+        m.double()
+        return (lam[0] * F.cross_entropy(m(x) * m.scale, y, reduction="none")).mean()
+
+    if estimator in ("mixed_mode", "higher"):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            CALLS[estimator](train_loss, problem.val_loss, model, [*lam, model.scale])
+    else:
+        CALLS[estimator](train_loss, problem.val_loss, model, [*lam, model.scale])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(type(p) is nn.Parameter and not vars(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["stream", "guided", "in_place", "finite_difference"])
+def test_a_loss_that_finds_no_parameters_is_told(estimator, float64):
+    """One that asks for their type, which is another one's in their places: no estimate is zero without a word."""
+    model, x, y = nn.Sequential(nn.Linear(D, 16), nn.Linear(16, C)), torch.randn(N, D), torch.randint(C, (N,))
+    loss, lam = decayed(lambda m: (p for p in m.parameters() if type(p) is nn.Parameter))
+    with pytest.warns(UserWarning, match=r"hyperparameters\[0\]: the gradients of two candidates by it differ by 0 eps"):
+        found = CALLS[estimator](loss, lambda m: F.cross_entropy(m(x), y), model, [lam]).grads
+    assert found[0] == 0
 
 
 # --- differences that rounding hides ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from .precision import Precision
 from .reach import Reach
 from .sharded import Sharding, local
 from .slots import Slots, some
-from .stand_ins import StandIn
+from .stand_ins import StandIn, place
 from .vectors import Layout, Position, Vector
 
 
@@ -242,6 +242,7 @@ class Problem:
         before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
         versions = {name: p._version for name, p in self.own.items() if not p.is_inference()}
         beside = {name: t._version for name, t in self.reach.tensors.items()}
+        memory = [(h, h.detach()) for h in self.hyperparameters]
         try:
             for tensor, _, gradient in before:
                 if gradient is not None:
@@ -259,6 +260,9 @@ class Problem:
                     tensor.requires_grad_(requires_grad)
                 if tensor.grad is not gradient:
                     tensor.grad = gradient
+            for h, here in memory:
+                if h.dtype != here.dtype or place(h) != place(here):  # model.double() in a loss
+                    h.data = here
             if self.sharding:
                 self.sharding.copy_flags()
         self.slots.check_written([self.own[n] for n, version in versions.items() if self.own[n]._version != version], changed=True)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..operations.forward_mode import bare
 
-
 _touches = [0]  # how often the .data of any of them was read or assigned to
 
 

@@ -165,8 +165,9 @@ class Vector:
             whole = torch._foreach_norm(a.vectors[group].split(sizes))
             apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
             for i, of, difference in zip(members, whole, apart):
-                some = (of > 0) & (meant.to(of.device) if isinstance(meant, Tensor) else meant)
-                result[i] = torch.where(some, difference / (torch.finfo(self.tensors[i].dtype).eps * of), math.inf)
+                some = meant.to(of.device) if isinstance(meant, Tensor) else torch.full_like(of, meant, dtype=torch.bool)
+                eps = torch.finfo(self.tensors[i].dtype).eps
+                result[i] = torch.where(some, (difference / (eps * of)).nan_to_num(0), math.inf)
         return result
 
     def parity(self, plus: Flat, minus: Flat, between: Flat | None) -> Tensor:
