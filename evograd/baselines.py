@@ -67,10 +67,11 @@ def _by_holding(problem: Problem, inner_lr: float, n_steps: int, train_loss: Cal
         with problem.holding(theta):
             loss = train_loss(problem)
             first = loss.detach() if first is None else first
+            grads = [None] * len(theta)
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
-                steps = zip(theta.items(), grads)
-                theta = {name: p if g is None else torch.add(p, g.to(p), alpha=-inner_lr) for (name, p), g in steps}
+        steps = zip(theta.items(), grads)
+        theta = {name: p if g is None else torch.add(p, g.to(p), alpha=-inner_lr) for (name, p), g in steps}
     with problem.holding(theta):
         val = problem.evaluate(problem.val_loss)
         return first, val.detach(), partial(val, problem.hyperparameters)
