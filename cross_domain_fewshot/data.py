@@ -88,16 +88,19 @@ class Images:
         classes = rng.choice(len(self.classes), n_way, replace=False)
         return np.stack([rng.choice(self.classes[c], n_images, replace=False) for c in classes])
 
-    def check(self, n_way: int, n_images: int) -> None:
+    def check(self, n_way: int, n_shot: int, n_query: int) -> None:
         """ValueError if the list cannot give an episode."""
-        where = f"{self.domain}/{self.split}"
-        if len(self.classes) < n_way:
-            raise ValueError(f"{where} has {len(self.classes)} classes; an episode needs {n_way}")
+        where, n = f"{self.domain}/{self.split}", len(self.classes)
+        if n < n_way:
+            split = "" if not self.names else "; prepare folders … --split gives a list more of them"
+            smaller = f"; --n-way {n} takes them" if n > 1 else ""
+            raise ValueError(f"{where} has {n} classes; an episode needs {n_way} (--n-way){smaller}{split}")
         smallest = min(self.classes, key=len)
-        if len(smallest) < n_images:
+        if len(smallest) < n_shot + n_query:
+            folder = f", in {Path(self.names[smallest[0]]).parent}," if self.names else ""
             raise ValueError(
-                f"{where}: class {self.labels[smallest[0]]} has {len(smallest)} images; "
-                f"an episode needs {n_images} of each class (shots and queries)"
+                f"{where}: class {self.labels[smallest[0]]}{folder} has {len(smallest)} images; an episode needs "
+                f"{n_shot + n_query} of each class (--n-shot {n_shot} and --n-query {n_query})"
             )
 
 
@@ -113,7 +116,7 @@ def decode(name: str, size: int) -> Tensor:
 
 
 def open_image(name: str | Path, at_least: int = 1 << 30):
-    """A file -> a PIL image in RGB, upright. ValueError names a file that is no image, or not whole.
+    """A file -> a PIL image in RGB, upright, on white where it is transparent. ValueError names a file that is no image, or not whole.
 
     at_least: of a JPEG file that is 2, 4 or 8 times as large as that on both sides, no more is decoded than is left at a half, a
     quarter or an eighth of its size. What is made of it by scaling it to half of `at_least` differs by 3 of 255 (root mean square).
@@ -126,9 +129,11 @@ def open_image(name: str | Path, at_least: int = 1 << 30):
             image = ImageOps.exif_transpose(opened)  # cameras write how they were held, and turn nothing
             if image.mode.startswith("I"):  # 16 bits: PIL would cut off at 255
                 pixels = np.asarray(image).astype(np.int64)
+                pixels = np.where(pixels == image.info.get("transparency"), 2**16 - 1, pixels)
                 return Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-            if "transparency" in image.info:
+            if image.mode[-1] in "Aa" or "transparency" in image.info:  # what lies under alpha 0 was never to be seen
                 image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is empty" if not Path(name).stat().st_size else f"{name} is no image") from error
@@ -146,8 +151,8 @@ def load_domain(data: str, data_dir: str, domain: str, split: str, image_size: i
     if not path.is_file():
         there = sorted(p.parent.name for p in Path(data_dir).glob(f"*/{split}.json"))
         raise FileNotFoundError(
-            f"domain {domain!r} is not there: no file {path}. Under {data_dir}: {', '.join(there) or 'no domain'}. "
-            "python -m cross_domain_fewshot.prepare writes these lists"
+            f"domain {domain!r} is not there: no file {path}. Under --data-dir {data_dir}: {', '.join(there) or 'no domain'}. "
+            "Name another folder, or write the lists by python -m cross_domain_fewshot.prepare"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def main(argv=None):
         settings = argparse.Namespace(**{name: first[name] for name in ("n_way", "n_shot", "n_query", "image_size")})
         settings.n_shot, settings.n_query = args.n_shot or settings.n_shot, args.n_query or settings.n_query
         images = load_domain(args.data, args.data_dir, args.domain, args.split, settings.image_size)
-        images.check(settings.n_way, settings.n_shot + settings.n_query)
+        images.check(settings.n_way, settings.n_shot, settings.n_query)
         n_workers = prepare_loading([images], args.cache_gb, args.workers, args.device)
     results = [score(model, images, settings, args.episodes, args.seed, n_workers) for model, _ in models]
     for path, (_, config), accuracies in zip(args.checkpoints, models, results):

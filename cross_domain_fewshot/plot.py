@@ -98,10 +98,17 @@ def plot_transformations(runs, path, title, every, remark):
             for layer in range(n_layers):
                 values = [means[layer] for means in metrics[name]]
                 shade = plt.get_cmap("viridis")(layer / max(1, n_layers - 1) * 0.9)
-                axes[row, column].plot(metrics["epochs"], values, lw=1.2, color=shade, label=f"layer {layer + 1}")
+                axes[row, column].plot(
+                    metrics["epochs"],
+                    values,
+                    marker="o" if len(values) == 1 else "",
+                    lw=1.2,
+                    color=shade,
+                    label=f"layer {layer + 1}",
+                )
             axes[row, column].grid(alpha=0.3)
         axes[0, column].set_title(TITLES[method], fontsize=10)
-        axes[1, column].set_xlabel("epoch")
+        figures.over_epochs(axes[1, column])
     axes[0, 0].set_ylabel("softplus(γ)")
     axes[1, 0].set_ylabel("softplus(β)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)

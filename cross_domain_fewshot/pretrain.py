@@ -57,7 +57,7 @@ def parse_args(argv=None):
     parser.add_argument("--out", required=True, metavar="FILE", help="the encoder; FILE.part is the checkpoint on the way")
     cli.add_resume_arguments(parser)
     args = parser.parse_args(argv)
-    fill_defaults(args)
+    fill_defaults(parser, args)
     args.domain = args.domain or {"glyphs": "sans", "filelists": "miniImagenet"}[args.data]
     return args
 
@@ -71,7 +71,7 @@ def main(argv=None):
         images = load_domain(args.data, args.data_dir, args.domain, "base", args.image_size)
         config |= given({"fingerprint": data_fingerprint([images])})
         keeper = checkpoints.Keeper(args, "few-shot encoder", config, name="encoder")
-        checkpoints.check_writable(args.out)
+        checkpoints.check_writable(args.out, "--out")
         checkpoints.check_ours(args.out, "--out")
         if args.resume and Path(args.out).is_file() and checkpoints.load(args.out)["config"] == config:
             print(f"{args.out} is this encoder: nothing to do")
@@ -79,6 +79,7 @@ def main(argv=None):
         found = keeper.resume()
         seed_everything(args.seed)
         encoder = Encoder(args.backbone, args.image_size, maps=True, width=args.width, transform=False).to(args.device)
+        cli.check_batch(args.batch_size, len(images.labels), "images")
         n_workers = prepare_loading([images], args.cache_gb, args.workers, args.device)
     classifier = nn.Linear(encoder.channels, len(images.classes)).to(args.device)
     optimizer = methods.optimizer(torch.optim.Adam, [*encoder.parameters(), *classifier.parameters()], lr=args.lr)

@@ -3,7 +3,7 @@
 #   bash cross_domain_fewshot/run.sh                                                glyphs
 #   bash cross_domain_fewshot/run.sh --data filelists --data-dir DIR                the paper's data sets
 #   bash cross_domain_fewshot/run.sh --print [...]                                  print the commands, one a line, and run nothing
-# Lines with cross_domain_fewshot.pretrain come first and must end before the others start: they make the encoders.
+# Lines with --check or cross_domain_fewshot.pretrain come first and must end before the others start: they make the encoders.
 # SEEN="a b c d" HELD_OUT="e f": other domains; the encoder is trained on the first seen one.
 # JOBS=4 runs four at a time, each with one CPU thread and without progress bars.
 set -euo pipefail
@@ -40,9 +40,18 @@ CHECKPOINTS=$([ -n "$OUT" ] && dirname "$OUT" || echo cross_domain_fewshot/resul
 
 encoder() { echo "$CHECKPOINTS/encoder-$DATA-$FIRST-$1.pt"; }
 
-first_commands() { # the encoders
+given=("$@")
+[ "${1:-}" != --print ] || given=("${@:2}")
+
+first_commands() { # the encoders, if the lists have images enough for what comes then
+  local checked=
   for backbone in $BACKBONES; do
     [ -f "$(encoder "$backbone")" ] && continue
+    for held_out in $([ "$DATA" = glyphs ] || [ "$checked" ] || echo $HELD_OUT); do
+      command_line cross_domain_fewshot.train --check --held-out "$held_out" --backbone "$backbone" \
+        --n-shot "${SHOTS##* }" ${SEEN:+--seen $SEEN} ${given[@]+"${given[@]}"}
+    done
+    checked=yes
     command_line cross_domain_fewshot.pretrain --data "$DATA" --data-dir "$DATA_DIR" --domain "$FIRST" \
       --backbone "$backbone" --out "$(encoder "$backbone")" $PRETRAIN $WHERE
   done

@@ -91,10 +91,11 @@ def parse_args(argv=None):
     parser.add_argument("--encoder", metavar="FILE", help="checkpoint of pretrain.py to start from; default: random weights")
     parser.add_argument("--amp", action="store_true", help="bfloat16 in the model's own update; hypergradients stay in float32")
     parser.add_argument("--test-episodes", type=cli.at_least(2), help=f"default: {by_data('test_episodes')}")
+    parser.add_argument("--check", action="store_true", help="look whether the lists have images enough, and end")
     add_loading_arguments(parser)
     cli.add_evograd_arguments(parser)
     args = parser.parse_args(argv)
-    fill_defaults(args)
+    fill_defaults(parser, args)
     cli.settle(parser, args, METHODS, {"--n-query": args.n_query, "--auxiliary-batch": args.auxiliary_batch})
     if args.method == "evograd_guided":
         args.share = None  # candidates that are shared out have draws of their own, not those of the update that was made
@@ -113,11 +114,14 @@ def by_data(name):
     return ", ".join(f"{values[name]} ({data})" for data, values in BY_DATA.items() if values[name])
 
 
-def fill_defaults(args):
+def fill_defaults(parser, args):
     """Settings not given -> those that suit the data; shared by the scripts."""
+    width = args.width
     for name, value in BY_DATA[args.data].items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
+    if width is not None and not args.backbone.startswith("conv"):
+        parser.error(f"--width {width} given, but --backbone {args.backbone} has its own; Conv-4 and Conv-6 take it")
     args.image_size = args.image_size or IMAGE_SIZE.get(args.backbone, 224)
 
 
@@ -273,7 +277,7 @@ def _without_transformations(encoder, state):
 
 def recorded(args):
     """The configuration that a record holds: what the result depends on, and no paths."""
-    return {**cli.config_of(args, ("encoder", "cache_gb", "workers", "device")), "pretrained": args.encoder is not None}
+    return {**cli.config_of(args, ("encoder", "cache_gb", "workers", "device", "check")), "pretrained": args.encoder is not None}
 
 
 def softplus_means(model):
@@ -317,6 +321,10 @@ def run(args, processes):
 
     with cli.exit_on_bad_input():
         lists = load_lists() if args.data == "filelists" else None  # a run is one of its files; glyphs take long to draw
+        for images in lists or ():
+            images.check(args.n_way, args.n_shot, args.n_query)
+        if args.check:
+            return
         found = {"fingerprint": data_fingerprint(lists or []), "encoder_fingerprint": encoder_fingerprint(args.encoder)}
         config = {**recorded(args), **found}
         keeper = checkpoints.Keeper(args, "cross_domain_fewshot", config, processes, name=run_name(args), keep=True)
@@ -325,8 +333,6 @@ def run(args, processes):
             return
         n_images = args.n_shot + args.n_query
         *domains, test = lists or load_lists()
-        for images in (*domains, test):
-            images.check(args.n_way, n_images)
         seed_everything(args.seed)
         n_classes = len(domains[0].classes)
         trainer = Trainer(args, n_classes, processes)

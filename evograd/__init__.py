@@ -7,6 +7,7 @@ from .host.result import Hypergradient
 from .hypergradient import hypergradient
 from .mixed_mode import mixed_mode
 from .radius import Radius
+from .trajectory import Trajectory
 
-__all__ = ["Hypergradient", "Radius", "baselines", "compare", "guided", "hypergradient", "mixed_mode"]
+__all__ = ["Hypergradient", "Radius", "Trajectory", "baselines", "compare", "guided", "hypergradient", "mixed_mode"]
 __version__ = "0.1.0"

@@ -53,9 +53,9 @@ def unrolled(
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    with problem.undisturbed(), _twice_differentiable():
+    with problem.undisturbed(), twice_differentiable():
         by = by_higher if engine == "higher" else _by_holding
-        first, val, grads = by(problem, inner_lr, n_steps, _train_loss)
+        first, val, grads = by(problem, inner_lr, n_steps, training_loss)
         return plain(problem.assemble([grads]), val, first.reshape(1))
 
 
@@ -197,14 +197,14 @@ def _implicit(
 ) -> Hypergradient:
     """∂ℓ_V/∂λ − ∂²ℓ_T/∂λ∂θ v, with v of solve(v -> H v, G)."""
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    with problem.undisturbed(), _twice_differentiable():
+    with problem.undisturbed(), twice_differentiable():
         layout = problem.layout
         val, direct, flats = problem.val_gradient([problem.theta])
         gradient = list(layout.named(flats).values())
         leaves = {name: StandIn.leaf(problem.theta[name]) for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())
         with problem.holding(leaves):
-            loss = _train_loss(problem)
+            loss = training_loss(problem)
             slopes = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True) if loss.requires_grad else ()
             curved = [i for i, s in enumerate(slopes) if s is not None and s.requires_grad]
 
@@ -224,7 +224,7 @@ def _implicit(
 
 
 @contextmanager
-def _twice_differentiable():
+def twice_differentiable():
     """A block in which PyTorch's second derivatives are right, or an error.
 
     RuntimeError where a function is marked once_differentiable: by inputs that are named, autograd leaves its part of the second
@@ -234,12 +234,20 @@ def _twice_differentiable():
         with _changed:
             yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("donated buffers", "does not currently support double backward")):
-            raise
-        raise RuntimeError(
-            "double backward through a compiled model, which PyTorch has not; take it uncompiled. EvoGrad and guided need first "
-            "derivatives alone, and mixed mode takes its plain form"
-        ) from error
+        for words, what in NO_DOUBLE_BACKWARD:
+            if words in str(error):
+                raise RuntimeError(f"double backward through {what}. EvoGrad and guided need first derivatives alone") from error
+        raise
+
+
+COMPILED = "a compiled model, which PyTorch has not; take it uncompiled, as mixed mode does"
+NESTED = "a nested tensor, which PyTorch has not; take its parts before the first layer (unbind())"
+NO_DOUBLE_BACKWARD = (  # words of PyTorch's error, and what it means
+    ("donated buffers", COMPILED),
+    ("does not currently support double backward", COMPILED),
+    ("output of a function that returns multiple views", NESTED),
+    ("_nested_from_padded_tensor", NESTED),
+)
 
 
 _delayed = torch._C._functions.DelayedError
@@ -268,7 +276,7 @@ _changed = Shared(
 )
 
 
-def _train_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
+def training_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
     """ℓ_T, to be differentiated twice; NotImplementedError for a weight norm that TorchScript computes, and has no right one."""
     closure = problem.train_loss
     loss = problem.scalar(closure, closure(problem.model if model is None else model))

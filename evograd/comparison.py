@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import measuring
 from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
@@ -23,6 +25,7 @@ from .host.stand_ins import StandIn
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
+from .ranking import BY_MATH, EXACT, MEASURES, MIXED, Comparison, Row, ranked
 
 Estimate = Callable[[], Hypergradient]
 
@@ -86,72 +89,6 @@ def estimates(
     return result
 
 
-@dataclass(frozen=True)
-class Row:
-    """What `compare` found of one estimator.
-
-    call: how it was called, in `evograd`, but for the problem.  cosine, sign, norm: as of `agreement`, None without an exact
-    hypergradient.  cost: of one hypergradient.  reason: why there is nothing else, if it could not run.
-    """
-
-    name: str
-    call: str
-    cosine: float | None = None
-    sign: float | None = None
-    norm: float | None = None
-    cost: Cost | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """rows: best choice first.  plain: cost of a training step's forward and backward pass.  exact: whose hypergradient is the
-    measure, "T1–T2", or "mixed mode" where double backward cannot be had, or None.  draws: of how many, at most, the agreement
-    is the mean.
-
-    str() is a table.
-    """
-
-    rows: tuple[Row, ...]
-    plain: Cost
-    exact: str | None
-    draws: int
-
-    def __str__(self) -> str:
-        ran = [row for row in self.rows if row.cost]
-        header = ["estimator", "cosine", "sign", "norm", "time", "memory", "FLOPs", "launches", "evograd."]
-        lines = [header]
-        for row in ran:
-            quality = ["–" if v is None else f"{v:.3f}" for v in (row.cosine, row.sign, row.norm)]
-            lines.append([row.name, *quality, *(f"{ratio:.2f}" for ratio in _ratios(row.cost, self.plain)), row.call])
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        last = len(header) - 1
-        align = lambda i, cell: cell.ljust(widths[i] * (i == 0)) if i in (0, last) else cell.rjust(widths[i])
-        text = [self._headline(), "", *("  ".join(align(i, cell) for i, cell in enumerate(line)) for line in lines), ""]
-        plain = f"{self.plain.seconds * 1e3:.1f} ms, {self.plain.peak_bytes / 1e6:.1f} MB, {self.plain.flops / 1e9:.2f} GFLOP"
-        text.append(f"Time, memory (peak), FLOPs and launches: over a training step's forward and backward pass ({plain}).")
-        if self.exact:
-            text.append(f"Cosine, share of equal signs, and norm over norm: to {self.exact}, mean of {self.draws} draws at most.")
-        if self.exact == _MIXED:
-            text.append("T1–T2 by double backward could not run; mixed mode after an SGD step is the same hypergradient.")
-        text += [f"{row.name} could not run: {row.reason}" for row in self.rows if row.reason]
-        return "\n".join(text)
-
-    def _headline(self) -> str:
-        best = self.rows[0]
-        exact = next((row for row in self.rows if row.name == self.exact), None)
-        if exact is None:
-            return f"{best.name} is the cheapest; no exact hypergradient could be had to compare with."
-        if best is exact:
-            return f"{best.name}, exact, is the fastest of those that point its way."
-        time, memory, *_ = _ratios(best.cost, exact.cost)
-        return f"{best.name}: cosine {best.cosine:.3f} to {self.exact} at {time:.2f} of its time and {memory:.2f} of its memory"
-
-
-_EXACT, _MIXED = "T1–T2", "mixed mode"
-_GOOD = 0.99  # cosine from which on the cheaper estimate is the better choice
-
-
 def compare(
     train_loss: Closure,
     val_loss: Closure,
@@ -167,7 +104,10 @@ def compare(
 
     Costs are those of one hypergradient beside those of a plain training step's forward and backward pass, all taking turns on
     this machine. Each estimator starts from the same random draws (dropout), another set in each repeat. Best choice first: of
-    those with a cosine of 0.99 or more the fastest, the others by their cosine.
+    those with a cosine of 0.99 or more, and a norm of half to twice the exact one, the fastest; the others by their cosine.
+
+    Where fused attention keeps T1–T2 from running it is computed plainly for it, and the row says so. If T1–T2 cannot be had
+    mixed mode is the measure, or else guided after an SGD step: `exact` says which.
 
     Args:
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
@@ -175,7 +115,10 @@ def compare(
         repeats: ≥ 1, timed runs, of which time is the median and agreement the mean. Each estimator runs twice more, to count.
             Default: 3, or for small models as many as take about ten seconds, at most 30; an estimator that has taken more than
             ten seconds is not repeated.
-        verbose: print the table, and on a terminal what is being measured.
+        verbose: say on stderr what is being measured, and about how long it will take.
+
+    Returns:
+        Comparison; print it for the table.
 
     Raises:
         RuntimeError: no estimator could run; with the reason of the first.  ValueError, TypeError: as in `evograd.hypergradient`.
@@ -190,23 +133,28 @@ def compare(
         torch.manual_seed(0)
         plain = run.count()
         repeats, times = run.time(repeats)
-    exact = next((name for name in (_EXACT, _MIXED) if name in run.counted), None)
-    rows = sorted(run.rows(times, exact), key=_place)
-    result = Comparison(tuple(rows), Cost(times["plain"], *plain), exact, repeats)
-    if verbose:
-        print(result)
-    return result
+        exact = next((name for name in MEASURES if name in run.ran()), None)
+        run.take_alike(exact)
+    return Comparison(ranked(run.rows(times, exact)), Cost(times["plain"], *plain), exact, repeats)
 
 
 class _Run:
-    """Every estimator on one problem: counted once, then timed in turns, and what it found."""
+    """Every estimator on one problem: counted once, then timed in turns, and what it found.
+
+    by_math: those that cannot go through fused attention, and run where it is computed plainly.
+    """
 
     def __init__(self, problem: Problem, parameters: Parameters, calls: dict, show: _Progress):
         self.problem, self.parameters, self.calls, self.show = problem, parameters, calls, show
         self.found: dict[str, list[list[Tensor]]] = {name: [] for name in calls}
         self.counted: dict[str, tuple[int, int, int]] = {}
+        self.by_math: set[str] = set()
         self.reasons: dict[str, str] = {}
+        self.first_failure: Exception | None = None
         self.start = time.perf_counter()
+
+    def ran(self) -> list[str]:
+        return [name for name in self.counted if name not in self.reasons]
 
     def plain(self) -> None:
         """Forward and backward pass of a training step."""
@@ -215,46 +163,75 @@ class _Run:
         with problem.undisturbed(), problem.holding(leaves):
             partial_derivatives(problem.evaluate(problem.train_loss), list(leaves.values()))
 
-    def estimate(self, name: str) -> list[Tensor]:
+    def estimate(self, name: str, by_math: bool = False) -> list[Tensor]:
         function, _, own = self.calls[name]
         of = self.problem
-        return function(of.train_loss, of.val_loss, of.model, of.hyperparameters, parameters=self.parameters, **own).grads
+        with sdpa_kernel(SDPBackend.MATH) if by_math or name in self.by_math else nullcontext():
+            return function(of.train_loss, of.val_loss, of.model, of.hyperparameters, parameters=self.parameters, **own).grads
 
-    def drawn(self, name: str, repeats: int) -> None:
+    def drawn(self, name: str, ends: float) -> None:
         """One hypergradient of the next set of random draws, kept."""
-        n = len(self.found[name])
-        self.show(f"timing, {name}, run {n + 1} of {repeats}")
-        torch.manual_seed(n)
-        self.found[name].append(self.estimate(name))
+        if name not in self.reasons:
+            n = len(self.found[name])
+            left = max(ends - time.perf_counter(), 0)
+            self.show(f"timing, {name}, run {n + 1}, about {left:.0f} s to go")
+            torch.manual_seed(n)
+            with self.noted(name):
+                self.found[name].append(self.estimate(name))
+
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        """Whatever an estimator cannot do with this model is a line of the table."""
+        try:
+            yield
+        except Exception as error:
+            self.first_failure = self.first_failure or error
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            self.reasons[name] = f"{type(error).__name__}: {first_line}"
 
     def count(self) -> tuple[int, int, int]:
         """Bytes, FLOPs and launches of the plain step; those of the estimators are kept. RuntimeError if none can run."""
-        failure = None
         self.show("counting, a plain training step")
-        plain = measuring.counts(self.plain)
-        for name in self.calls:
+        with self.noted("a plain training step"):
+            plain = measuring.counts(self.plain)
+        for name in self.calls if not self.reasons else ():
             self.show(f"counting, {name}")
-            try:
+            with self.noted(name):
                 self.counted[name] = measuring.counts(partial(self.estimate, name))
-            except Exception as error:  # whatever an estimator cannot do with this model is a line of the table
-                failure = failure or error
-                first_line = next(iter(str(error).strip().splitlines()), "")
-                self.reasons[name] = f"{type(error).__name__}: {first_line}"
+            if _FUSED.search(self.reasons.get(name, "")):
+                fused = self.reasons.pop(name)
+                self.by_math.add(name)
+                with self.noted(name):
+                    self.counted[name] = measuring.counts(partial(self.estimate, name))
+                if name in self.reasons:
+                    self.reasons[name] = fused
         if not self.counted:
             name, reason = next(iter(self.reasons.items()))
-            raise RuntimeError(f"no estimator could run; {name}: {reason}") from failure
+            raise RuntimeError(f"no estimator could run; {name}: {reason}") from self.first_failure
         return plain
 
     def time(self, repeats: int | None) -> tuple[int, dict[str, float]]:
         """(repeats, seconds of each), by default as many as take some ten seconds."""
-        enough = float("inf")
+        enough, now = float("inf"), time.perf_counter()
         if repeats is None:  # all estimators have run twice
             enough = 10.0
-            repeats = min(max(int(20 / (time.perf_counter() - self.start)), 3), 30)
-        steps = {"plain": self.plain} | {name: partial(self.drawn, name, repeats) for name in self.counted}
+            repeats = min(max(int(20 / (now - self.start)), 3), 30)
+        ends = now + repeats * (now - self.start) / 2
+        steps = {"plain": self.plain} | {name: partial(self.drawn, name, ends) for name in self.ran()}
         times = measuring.seconds(steps, repeats, warmup=0, enough=enough)
         self.show(None)
         return repeats, times
+
+    def take_alike(self, exact: str | None) -> None:
+        """Where the measure went through plain attention, others are compared with it there: its dropout draws otherwise."""
+        for name in self.ran() if exact in self.by_math else ():
+            if name not in self.by_math:
+                for n in range(min(len(self.found[name]), len(self.found[exact]))):
+                    self.show(f"agreement, {name}, run {n + 1}")
+                    torch.manual_seed(n)
+                    with self.noted(name):
+                        self.found[name][n] = self.estimate(name, by_math=True)
+        self.show(None)
 
     def rows(self, times: dict[str, float], exact: str | None) -> Iterator[Row]:
         for name, (_, call, _) in self.calls.items():
@@ -263,23 +240,19 @@ class _Run:
                 continue
             agreements = [agreement(*pair) for pair in zip(self.found[name], self.found[exact])] if exact else []
             quality = {key: statistics.fmean(one[key] for one in agreements) for key in (agreements[0] if exact else ())}
+            call += f" {BY_MATH}" * (name in self.by_math)
             yield Row(name, call, **quality, cost=Cost(times[name], *self.counted[name]))
 
 
-def _place(row: Row) -> tuple:
-    """Best choice first, see `compare`."""
-    if row.cost is None:
-        return 2, 0.0
-    good = row.cosine is None or row.cosine >= _GOOD
-    return (0, row.cost.seconds) if good else (1, -row.cosine)
+_FUSED = re.compile(r"\b_\w*attention")  # in an error of PyTorch's: the name of a fused kernel
 
 
 def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
     """{name: (estimator, how it is called, its settings)}; T1–T2 first."""
     evograd, here = "hypergradient", dict(lookahead=None)
     entries = [
-        (_EXACT, unrolled, "baselines.unrolled", {}),
-        (_MIXED, mixed_mode, "mixed_mode", {}),
+        (EXACT, unrolled, "baselines.unrolled", {}),
+        (MIXED, mixed_mode, "mixed_mode", {}),
         ("mixed mode, G at θ", mixed_mode, "mixed_mode", here),
         ("guided", guided, "guided", {}),
         ("guided, G at θ", guided, "guided", here),
@@ -296,18 +269,15 @@ def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str
     return calls
 
 
-def _ratios(cost: Cost, over: Cost) -> list[float]:
-    """Seconds, peak bytes, FLOPs and launches of one over those of another; NaN where that has none."""
-    pairs = [(getattr(cost, key), getattr(over, key)) for key in ("seconds", "peak_bytes", "flops", "launches")]
-    return [a / b if b else float("nan") for a, b in pairs]
-
-
 class _Progress:
-    """On a terminal, one line that says how far it is; nothing elsewhere."""
+    """Says on stderr how far it is: on a terminal in one line, elsewhere in a line every ten seconds."""
 
     def __init__(self, wanted: bool):
-        self.shown = wanted and sys.stderr.isatty()
+        self.wanted, self.terminal, self.last = wanted, sys.stderr.isatty(), time.perf_counter()
 
     def __call__(self, text: str | None) -> None:
-        if self.shown:
+        if self.wanted and self.terminal:
             print(f"\r{text or '':<70}", end="" if text else "\r", file=sys.stderr, flush=True)
+        elif self.wanted and text and time.perf_counter() - self.last >= 10:
+            self.last = time.perf_counter()
+            print(f"evograd.compare: {text}", file=sys.stderr, flush=True)

@@ -18,7 +18,6 @@ from .evaluation import Stream, in_place
 from .host import processes
 from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive, kept
 from .host.draws import Occasions
-from .host.gathering import partial
 from .host.precision import Precision
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, looked_at
@@ -82,6 +81,7 @@ def guided(
 
     What train_loss detaches, or computes under torch.no_grad, is a constant to T1–T2 but differs between candidates where it
     depends on θ: compute it once, at θ, and hand it to all (the input of label noise's weight net, of MetaXL's transformation).
+    Straight-through and commitment terms cannot: for these take `evograd.mixed_mode`.
     """
     _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy), strategy == "retain")
@@ -104,11 +104,13 @@ def guided(
 
         at_theta.look(needed=lookahead != "sgd")  # while there is no G
         val, direct, gradient = validated()
-        for pair in pairs(problem, at_theta, gradient, lambda: validated()[-1], radius, team, means):
+        again = PAIR if problem.place is None else [*means, *PAIR]
+        regained = (lambda: gradient) if problem.place is None else (lambda: validated()[-1])
+        for pair in pairs(problem, at_theta, gradient, regained, radius, team, again):
             evaluation = Stream(problem, pair, team.candidates, occasions)
             losses = team.gather(evaluation.losses())
             mixed = evaluation.gradient(-inner_lr * pair.coefficients(losses))  # −η ∂²ℓ_T/∂λ∂θ G
-            pair.see(evaluation.partials, team.gather)
+            pair.see(team.gather(problem.lam.parity(*evaluation.partials, at_theta.known)))
             ell, total = team.total(val, problem.lam.flat(direct), mixed)
             result = Hypergradient(problem.grads(total), ell, losses, torch.full_like(losses, 1 / 2))
             result = looked_at(result, problem, evaluation, pair)
@@ -145,9 +147,8 @@ class AtTheta:
         problem = self.problem
         with self.occasions.of(0, again=True) if needed else nullcontext():
             if needed and self.kinks.wanted:
-                with problem.at([problem.theta]), self.kinks.shared():
-                    loss = problem.evaluate(problem.train_loss)
-                    self.known = problem.lam.flat(partial(loss, problem.hyperparameters, problem.keeps))
+                with self.kinks.shared():
+                    self.known = problem.lam.flat(problem.partial(problem.train_loss, [problem.theta])[1])
 
 
 def pairs(
@@ -157,11 +158,11 @@ def pairs(
     regained: Callable[[], list[Tensor | None]],
     radius: float | Radius | None,
     team: processes.Alone,
-    means: Sequence[tuple[str, int]],
+    moves: Sequence[tuple[str, int]],
 ) -> Iterator[Pair]:
     """A pair along the direction, and others where it has not found its radius.
 
-    regained: the direction once more, where a pair in place had to let it go; `means` are sent for it.
+    regained: gives the direction once more, which a pair in place had to let go.  moves: what is sent for a further pair.
     """
     carried = radius if isinstance(radius, Radius) else Radius()
     fixed = None if radius is carried else radius
@@ -176,8 +177,8 @@ def pairs(
         seen = relative, pair.curvature
         relative, before = better(*seen, pair.apart, pair.eps, before), seen
         carried.retakes += 1
-        team.again(PAIR if problem.place is None else [*means, *PAIR])
-        direction = direction if problem.place is None else regained()
+        team.again(moves)
+        direction = regained()
     if fixed is None and not math.isnan(pair.apart):
         carried.follow(relative, pair.curvature, pair.apart, pair.eps)
 
@@ -205,6 +206,8 @@ class Pair:
     direction: v, bucket by bucket. Candidates in place need it for the first of them alone: the model holds the step then, and
     the second takes it from there.  size: ‖v‖.  radius: r.  fixed: r where the user has chosen it.  last: there is no further one.
     """
+
+    once = False  # whether there is only one candidate, which needs the direction no longer
 
     def __init__(
         self,
@@ -235,7 +238,7 @@ class Pair:
                 flat, direction = bucket.empty(), self.direction[b]
                 precise = torch.promote_types(direction.dtype, torch.float32)  # a step in float16 may be zero
                 torch.mul(direction.to(precise), (sign * self.step).to(precise), out=flat[: direction.numel()])
-                if self.place is not None:
+                if self.once or self.place is not None:
                     self.direction[b] = direction = None
             yield bucket.moved(flat)
             del flat
@@ -253,9 +256,8 @@ class Pair:
         half = (self.size / (2 * self.radius)).to(like)
         return torch.stack([half, -half])
 
-    def see(self, partials: Sequence[Vector.Flat], gather: Callable[[Tensor], Tensor]) -> None:
-        """The numbers by which a radius is judged, on the device."""
-        squares = gather(self.problem.lam.parity(*partials, self.at_theta.known))
+    def see(self, squares: Tensor) -> None:
+        """The numbers by which a radius is judged, of the gradients' parity, on the device."""
         self.numbers = [*(squares[:2] / squares[1:]).sqrt(), self.size]
 
     def read(self, values: Sequence[float]) -> None:
@@ -290,6 +292,15 @@ class Pair:
                     f"radius={self.fixed:.2g} is not resolved by {precision.dtype}, in which losses are computed: at least "
                     f"{least:.2g} is needed for parameters of this norm; radius=None chooses one"
                 )
+
+
+class Side(Pair):
+    """One candidate θ + r v/‖v‖, beside θ itself, whose gradients are known: at half the price, with an error of O(r)."""
+
+    once = True
+
+    def coefficients(self, like: Tensor) -> Tensor:
+        return 2 * super().coefficients(like)
 
 
 def _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy) -> None:

@@ -7,6 +7,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -50,7 +51,8 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, result)):
             if isinstance(leaf, torch.Tensor) and self.device_type in (None, leaf.device.type):
-                self._add(leaf.untyped_storage())
+                for part in _dense(leaf):
+                    self._add(part.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -68,6 +70,17 @@ class LiveBytes(TorchDispatchMode):
         known = self._storages.get(key)
         if known is not None and known[0] is ref:
             self.live -= self._storages.pop(key)[1]
+
+
+def _dense(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with a storage that one consists of: itself, the parts of a sparse one, none of an opaque one."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    of_rows = ["crow_indices", "col_indices", "values"]
+    of_columns = ["ccol_indices", "row_indices", "values"]
+    parts = {torch.sparse_coo: ["_indices", "_values"], torch.sparse_csr: of_rows, torch.sparse_bsr: of_rows}
+    parts |= dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), of_columns)
+    return [getattr(tensor.detach(), part)() for part in parts.get(tensor.layout, [])]
 
 
 class Launches(TorchDispatchMode):
@@ -123,11 +136,27 @@ def peak_bytes(step: Step, first: Step | None = None) -> int:
 
 def flops(step: Step) -> int:
     """Floating-point operations of `step` (matrix products and convolutions; a multiply-add counts as two)."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton
-
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step()
     return counter.get_total_flops()
+
+
+class _Nowhere(AbstractContextManager):
+    """In the place of a counter's tracker of modules, whose hooks fail where a loss takes gradients by its inputs."""
+
+    parents = ("Global",)
+
+    def __exit__(self, *error) -> None:
+        pass
+
+
+def flop_counter():
+    """PyTorch's mode that counts FLOPs, of all modules together."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it loads triton
+
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Nowhere()
+    return counter
 
 
 def launches(step: Step) -> int:
@@ -139,9 +168,7 @@ def launches(step: Step) -> int:
 
 def counts(step: Step) -> tuple[int, int, int]:
     """(peak_bytes, flops, launches) of a step, which runs twice: FLOPs are counted in the first run, the others in the second."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter, launched = FlopCounterMode(display=False), Launches()
+    counter, launched = flop_counter(), Launches()
 
     def first():
         with counter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 RETAKES = 2  # of a pair, within one call
+LONGEST = 16  # steps by one side in a row
 WIDEST = 1000  # times its start, up to which a radius is raised
 
 
@@ -66,10 +67,22 @@ class Radius:
 
     value: over the scale of θ. Default: where calls without a Radius begin.
     retakes: how many pairs were taken again.
+    age, run: how many steps of a `Trajectory` went by one side since the last pair, and how many may: twice as many after each
+    pair that finds the radius as good as it was, and none after another.
     """
 
     def __init__(self, value: float | None = None):
-        self.value, self.retakes = value, 0
+        self.value, self.retakes, self.age, self.run = value, 0, 0, 0
+
+    def due(self) -> bool:
+        """Whether a pair is to show how good the radius is. To be asked once a step."""
+        self.age += 1
+        return self.value is None or self.age > self.run
+
+    def judged(self, curvature: float, retaken: bool, eps: float) -> None:
+        """After a pair of a trajectory."""
+        steady = not retaken and not curvature > 2 * target(eps)
+        self.age, self.run = 0, min(2 * self.run or 1, LONGEST) if steady else 0
 
     def follow(self, relative: float, curvature: float, apart: float, eps: float) -> None:
         """What the next call begins at, after one whose pair was `relative`: nearer to the best, by a factor of two at most."""
@@ -83,10 +96,11 @@ class Radius:
             self.value = _raised(relative, min(target(eps) / curvature, 2.0), eps)
 
     def state_dict(self) -> dict:
-        return {"value": self.value, "retakes": self.retakes}
+        return {"value": self.value, "retakes": self.retakes, "age": self.age, "run": self.run}
 
     def load_state_dict(self, state: dict) -> None:
         self.value, self.retakes = state["value"], state["retakes"]
+        self.age, self.run = state.get("age", 0), state.get("run", 0)
 
     def __repr__(self) -> str:
         return f"Radius({self.value})"

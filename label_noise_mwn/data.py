@@ -73,6 +73,14 @@ class Task:
     mean: Tensor
     std: Tensor
 
+    def check_padding(self, padding: int) -> None:
+        """ValueError where there are not so many pixels to reflect."""
+        h, w = self.train.images.shape[2:]
+        if padding >= min(h, w):
+            raise ValueError(
+                f"--crop-padding {padding} given; for images of {h} x {w} pixels at most {min(h, w) - 1} is accepted"
+            )
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 pixels -> float32, mean 0 and standard deviation 1 for each channel."""
         return (images.float() / 255 - self.mean) / self.std
@@ -145,7 +153,7 @@ def make_task(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source.y_train), generator=generator)
     meta, order = _balanced(source.y_train, order, n_meta, n_classes, "--meta-images")
-    val, order = _balanced(source.y_train, order, n_val, n_classes, "--val-images")
+    val, order = _balanced(source.y_train, order, n_val, n_classes, "--val-images", f" after --meta-images {n_meta}")
     if len(order) < (n_train or 1):
         raise ValueError(
             f"--train-images {n_train or 1}, but {len(order):,} are left of {len(source.y_train):,} "
@@ -221,8 +229,8 @@ def _statistics(images: Tensor) -> tuple[list[float], list[float]]:
     return mean.tolist(), (share @ values**2 - mean**2).clamp_min(1e-6).sqrt().tolist()
 
 
-def _balanced(labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str) -> tuple[Tensor, Tensor]:
-    """(n of the indices `order`, the same number of every class; the others)."""
+def _balanced(labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str, after: str = "") -> tuple[Tensor, Tensor]:
+    """(n of the indices `order`, the same number of every class; the others). after: what has taken of them before."""
     if n % n_classes:
         raise ValueError(f"{flag} {n} given; a multiple of the number of classes, {n_classes}, is accepted")
     each = n // n_classes
@@ -230,7 +238,7 @@ def _balanced(labels: Tensor, order: Tensor, n: int, n_classes: int, flag: str) 
     for c in range(n_classes):
         mine = order[labels[order] == c]
         if len(mine) < each:
-            raise ValueError(f"{flag} {n} takes {each} images of each class, but of class {c} there are {len(mine)}")
+            raise ValueError(f"{flag} {n} takes {each} images of each class, but of class {c} there are {len(mine)}{after}")
         chosen.append(mine[:each])
     chosen = torch.cat(chosen)
     taken = torch.zeros(len(labels), dtype=torch.bool)

@@ -63,7 +63,7 @@ def plot_accuracy(runs, path, every):
             values = enumerate(zip(*(metrics["test_accuracy"] for metrics in mine)), start=1)
             epochs, values = zip(*((epoch, v) for epoch, v in values if None not in v))  # with --eval-every not all have one
             mean = [statistics.fmean(v) for v in values]
-            axis.plot(epochs, mean, color=COLOUR[method], lw=1.5, label=title)
+            axis.plot(epochs, mean, color=COLOUR[method], marker="o" if len(epochs) == 1 else "", lw=1.5, label=title)
             if len(mine) > 1:
                 spread = [statistics.stdev(v) for v in values]
                 axis.fill_between(
@@ -75,7 +75,7 @@ def plot_accuracy(runs, path, every):
                     lw=0,
                 )
         axis.set_title(f"{noise} noise", fontsize=10)
-        axis.set_xlabel("epoch")
+        figures.over_epochs(axis)
     axes[0].set_ylabel("test accuracy (%)")
     add_legend(figure, axes, ncols=5 if len(axes) > 2 else len(axes) + 1)
     figures.heading(figure, runs[0]["config"]["data"], every, runs, LINE, (method_of, label_of))

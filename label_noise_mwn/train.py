@@ -315,6 +315,8 @@ def run(args, processes):
         task = make_task(
             source, args.noise, args.noise_level, args.meta_images, args.val_images, args.train_images, args.seed, args.device
         )
+        task.check_padding(args.crop_padding)
+        cli.check_batch(args.batch_size, len(task.train), "training images")
         for split, what in ((task.train, "training images"), (task.meta, "meta images")):
             processes.check_equal_parts(min(len(split), args.batch_size), what)
     seed_everything(args.seed)
@@ -380,6 +382,8 @@ def finish(keeper, label, trainer, task, metrics):
     result += "" if auc is None else f", area under the ROC curve of the weights {auc:.3f}"
     print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
     cli.say_if_chance(label, last, task.test.labels.tolist(), "A lower --lr or more --epochs may help.")
+    if auc is not None and auc < 0.5:
+        print(f"{label}: the weights are larger for wrong labels than for right ones. Another --meta-lr or more epochs may help.")
     trainer.args.log_quality = None
 
     def step_alone():

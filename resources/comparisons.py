@@ -82,7 +82,7 @@ def main(argv=None):
         torch.manual_seed(0)
         start = time.perf_counter()
         result = evograd.compare(*PROBLEMS[name](), inner_lr=0.1)
-        print(f"It took {time.perf_counter() - start:.0f} s.")
+        print(f"{result}\nIt took {time.perf_counter() - start:.0f} s.")
         if args.readme:
             block = f"<!-- compare:{name} -->\n```text\n{result}\n```\n<!-- /compare -->"
             text = args.readme.read_text(encoding="utf-8")

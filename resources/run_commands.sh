@@ -4,6 +4,10 @@
 
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 JOBS=${JOBS:-1}
+if ! [[ $JOBS =~ ^[1-9][0-9]*$ ]]; then
+  echo "error: JOBS=$JOBS given; the number of runs at a time, at least 1, is accepted" >&2
+  exit 2
+fi
 
 command_line() {
   local line

@@ -169,6 +169,7 @@ def run(args, processes):
             return
         train, val, test = load(args.data, args.data_dir, args.device)
         for split, what in ((train, "training images"), (val, "validation images")):
+            cli.check_batch(args.batch_size, len(split), what)
             processes.check_equal_parts(min(len(split), args.batch_size), what)
     seed_everything(args.seed)
     trainer = Trainer(args, train, val, processes)

@@ -1,15 +1,18 @@
 """How the agreement of two hypergradients is measured, and every estimator compared on a problem of one's own."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import evograd
 from evograd import comparison, measuring
 from evograd.comparison import agreement, estimates
 from evograd.lab.quality import QualityLog
+from evograd.ranking import Row, ranked
 from resources import comparisons
 
 from .problems import OnceDifferentiable, bilevel
@@ -98,20 +101,22 @@ def test_compare_puts_the_cheapest_good_estimate_first(known_seconds, capsys):
     assert rows["EvoGrad, K = 2"].cost.flops < rows["EvoGrad, K = 10"].cost.flops
     assert result.plain.flops < rows["T1–T2"].cost.flops
 
-    printed = capsys.readouterr()
-    assert printed.err == "" and printed.out == f"{result}\n"  # no terminal, no progress
+    printed, table = capsys.readouterr(), str(result)
+    assert printed.err == printed.out == "" and repr(result) == table  # it is short, and the table is the user's to print
     memory = rows["guided"].cost.peak_bytes / rows["T1–T2"].cost.peak_bytes
-    assert printed.out.startswith(f"guided: cosine 1.000 to T1–T2 at 0.50 of its time and {memory:.2f} of its memory\n")
-    columns = next(line for line in printed.out.splitlines()[2:] if line.startswith("guided ")).split()
+    assert table.startswith(f"guided: cosine 1.000 to T1–T2 at 0.50 of its time and {memory:.2f} of its memory\n")
+    columns = next(line for line in table.splitlines()[2:] if line.startswith("guided ")).split()
     assert columns[:5] == ["guided", "1.000", "1.000", "1.000", "2.00"]
-    assert "  guided(inner_lr=0.1)" in printed.out
+    assert "  guided(inner_lr=0.1)" in table
 
 
 def test_iterators_last_for_every_estimator(known_seconds):
     """model.named_parameters() and net.parameters(), as one would write them."""
     problem = bilevel("mlp")
     arguments, given = problem.args()[:3], lambda: problem.model.named_parameters()
-    result = evograd.compare(*arguments, iter(problem.hyperparameters), inner_lr=0.1, parameters=given(), repeats=1, verbose=False)
+    result = evograd.compare(
+        *arguments, iter(problem.hyperparameters), inner_lr=0.1, parameters=given(), repeats=1, verbose=False
+    )
     assert [row.reason for row in result.rows] == [None] * len(result.rows)
     settings = dict(inner_lr=0.1, generator=torch.Generator(), parameters=given(), made=given())
     every = estimates(*arguments, iter(problem.hyperparameters), **settings)
@@ -130,8 +135,191 @@ def test_compare_says_what_could_not_run_and_what_it_compares_with_then(known_se
     assert "once_differentiable" in rows["T1–T2"].reason and rows["T1–T2"].cost is None
     assert [row.reason is not None for row in result.rows] == sorted(row.reason is not None for row in result.rows)  # last
     text = str(result)
-    assert "T1–T2 could not run: RuntimeError: " in text and "T1–T2 by double backward could not run" in text
+    assert re.search("T1–T2; .*could not run: RuntimeError: ", text) and "T1–T2 by double backward could not run" in text
     assert text.startswith("guided: cosine ") and " to mixed mode at 0.67 of its time" in text
+
+
+class Attention(nn.Module):
+    """A U-Net of one step, with attention at the bottom, which is computed by a fused kernel."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.down, self.attend = nn.Conv2d(1, 4, 2, 2), nn.MultiheadAttention(4, 2, dropout, batch_first=True)
+        self.up, self.out = nn.ConvTranspose2d(4, 2, 2, 2), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        low = F.silu(self.down(x))
+        tokens = low.flatten(2).mT
+        tokens = tokens + self.attend(tokens, tokens, tokens, need_weights=False)[0]
+        return self.out(torch.cat([F.silu(self.up(tokens.mT.unflatten(2, low.shape[2:]))), x], 1))
+
+
+def u_net(dropout=0.0):
+    x, y, x_val, y_val = (torch.randn(4, 1, 4, 4) for _ in range(4))
+    weights = torch.zeros(4, requires_grad=True)
+    train_loss = lambda m: (weights.sigmoid() * (m(x) - y).square().mean((1, 2, 3))).mean()
+    return train_loss, lambda m: (m(x_val) - y_val).square().mean(), Attention(dropout), [weights]
+
+
+def bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    config = BertConfig(**sizes, max_position_embeddings=4, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    x, y, x_val, y_val = (make() for make in 2 * [lambda: torch.randint(20, (8, 4)), lambda: torch.randint(3, (8,))])
+    weights = torch.zeros(8, requires_grad=True)
+    train_loss = lambda m: (weights.sigmoid() * F.cross_entropy(m(x).logits, y, reduction="none")).mean()
+    return train_loss, lambda m: F.cross_entropy(m(x_val).logits, y_val), BertForSequenceClassification(config), [weights]
+
+
+def physics():
+    """u' = −u: the residual of the network's derivative by t, a leaf that requires grad."""
+    model, weights = (
+        nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double(),
+        torch.zeros(8, 1).double().requires_grad_(),
+    )
+    t, t_val = torch.linspace(0, 1, 8).double()[:, None].requires_grad_(), torch.linspace(0, 1, 5).double()[:, None]
+
+    def train_loss(m):
+        u = m(t)
+        (slope,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        return (weights.exp() * (slope + u).square()).mean()
+
+    return train_loss, lambda m: (m(t_val) - (-t_val).exp()).square().mean(), model, [weights]
+
+
+@pytest.mark.parametrize("make", [bert, u_net, physics])
+def test_compare_recommends_no_noise_where_attention_is_fused_or_the_loss_has_a_gradient(make, known_seconds):
+    torch.manual_seed(0)
+    result = evograd.compare(*make(), inner_lr=0.1, repeats=2)
+    rows = {row.name: row for row in result.rows}
+    assert result.exact == "T1–T2" and result.rows[0].name == "guided" and result.rows[0].cosine > 0.999
+    assert {row.name for row in result.rows if row.good} >= {"guided", "T1–T2", "mixed mode", "finite differences"}
+    assert rows["mixed mode"].cosine == pytest.approx(1, abs=1e-4) and rows["mixed mode"].norm == pytest.approx(1, abs=1e-3)
+    fused = make is not physics
+    assert rows["T1–T2"].call.endswith("in sdpa_kernel(SDPBackend.MATH)") is fused
+    assert not rows["guided"].call.endswith("MATH)") and ("fused attention has no second derivative" in str(result)) is fused
+
+
+class Once(torch.autograd.Function):
+    """The identity, of one derivative: neither double backward nor forward mode, as a fused kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():
+            raise RuntimeError("derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented")
+        return g
+
+
+def test_dropout_in_attention_is_alike_for_all(known_seconds, monkeypatch):
+    """As on a card, where a fused kernel draws dropout otherwise than plain attention does."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(query, *args):
+        if torch.backends.cuda.flash_sdp_enabled():
+            torch.rand(1)
+            query = Once.apply(query)
+        return 20 * plain(query, *args)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    torch.manual_seed(0)
+    result = evograd.compare(*u_net(dropout=0.5), inner_lr=0.1, repeats=2)
+    rows = {row.name: row for row in result.rows}
+    assert rows["T1–T2"].call.endswith("MATH)") and not rows["guided"].call.endswith("MATH)")
+    assert rows["guided"].cosine > 0.999
+
+
+def test_without_double_backward_and_forward_mode_guided_is_the_measure(known_seconds):
+    """An operation with neither. A norm that is wrong by a factor is no best choice, however fast."""
+
+    class Identity(nn.Module):
+        def forward(self, x):
+            return Once.apply(x)
+
+    problem = bilevel("mlp")
+    problem.model.insert(1, Identity())
+    result = evograd.compare(*problem.args(), inner_lr=0.1, repeats=1)
+    assert result.exact == result.rows[0].name == "guided" and result.rows[0].cosine == pytest.approx(1)
+    assert "the measure is guided after an SGD step" in str(result) and str(result).startswith(
+        "guided, the measure, is the fastest"
+    )
+
+
+def row(name, seconds, **agreement):
+    return Row(
+        name, "", **agreement, cost=None if seconds is None else measuring.Cost(seconds, 1, 1, 1), reason="no" * (not seconds)
+    )
+
+
+def test_what_is_best():
+    long, short = row("long", 0.1, cosine=0.995, norm=20.0), row("short", 0.1, cosine=0.995, norm=0.4)
+    slow, fast, off, failed = (
+        row("slow", 2.0, cosine=1.0, norm=1.0),
+        row("fast", 1.0, cosine=0.991, norm=1.9),
+        row("off", 0.1, cosine=0.98, norm=1.0),
+        row("failed", None),
+    )
+    assert ranked([failed, off, long, short, slow, fast]) == (fast, slow, long, short, off, failed)
+    first, second = row("EvoGrad, K = 2", 2.0), row("other", 1.0)
+    assert ranked([first, second, failed]) == (first, second, failed)  # never by time alone
+
+
+def test_an_estimator_that_fails_later_is_a_line(known_seconds):
+    """With the draws of the second run, say. So is a training loss that cannot run at all."""
+    problem = bilevel("mlp")
+    calls = []
+
+    def val_loss(model):
+        calls.append(1)
+        return problem.val_loss(model)
+
+    arguments = problem.train_loss, val_loss, *problem.args()[2:]
+    evograd.compare(*arguments, inner_lr=0.1, repeats=1)
+    last = len(calls)
+    calls.clear()
+
+    def failing(model):
+        if len(calls) == last - 1:
+            raise ValueError("not this time")
+        return val_loss(model)
+
+    result = evograd.compare(arguments[0], failing, *arguments[2:], inner_lr=0.1, repeats=1)
+    assert [row.reason for row in result.rows if row.reason] == ["ValueError: not this time"] and len(result.rows) == 10
+
+    def never(model):
+        raise ValueError("of no size")
+
+    with pytest.raises(RuntimeError, match="no estimator could run; a plain training step: ValueError: of no size"):
+        evograd.compare(never, *arguments[1:], inner_lr=0.1)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_one_line_on_a_terminal_and_a_line_in_ten_seconds_elsewhere(terminal, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(comparison.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(comparison.sys.stderr, "isatty", lambda: terminal, raising=False)
+    show = comparison._Progress(True)
+    for seconds in (1, 9, 10, 11, 25):
+        now[0] = seconds
+        show(f"at {seconds}")
+    show(None)
+    error = capsys.readouterr().err
+    assert error.count("at ") == (5 if terminal else 2) and error.count("\n") == (0 if terminal else 2)
+    quiet = comparison._Progress(False)
+    now[0] = 100
+    quiet("more")
+    assert capsys.readouterr().err == ""
+
+
+def test_time_to_go_is_told(known_seconds, monkeypatch, capsys):
+    monkeypatch.setattr(comparison.sys.stderr, "isatty", lambda: True, raising=False)
+    problem = bilevel("mlp")
+    evograd.compare(*problem.args(), inner_lr=0.1, repeats=1)
+    assert re.search(r"timing, guided, run 1, about \d+ s to go", capsys.readouterr().err)
 
 
 def test_compare_refuses_what_no_estimator_can_do():
@@ -142,7 +330,9 @@ def test_compare_refuses_what_no_estimator_can_do():
     with pytest.raises(ValueError, match="inner_lr=-1"):
         evograd.compare(*arguments, inner_lr=-1)
     arguments[3] = [torch.zeros(2, requires_grad=True)]
-    with pytest.raises(RuntimeError, match=r"no estimator could run; T1–T2: RuntimeError: hyperparameters\[0\], of shape \(2,\)"):
+    with pytest.raises(
+        RuntimeError, match=r"no estimator could run; T1–T2: RuntimeError: hyperparameters\[0\], of shape \(2,\)"
+    ):
         evograd.compare(*arguments, inner_lr=0.1, verbose=False)
 
 

@@ -338,11 +338,14 @@ def test_encoder_is_handed_over(tmp_path, capsys):
     checkpoints.save(file, state)
     other = run(tmp_path, "none", "--encoder", str(file), "--skip-done")["config"]
     assert other.pop("encoder_fingerprint") != first.pop("encoder_fingerprint") and other == first
-    for backbone in ("conv6", "resnet10"):
-        wrong = ["--backbone", backbone, "--image-size", "32", "--encoder", str(file)]
+    words = {
+        "conv6": "is of --backbone conv4; this run has --backbone conv6",
+        "resnet10": "--width 4 given, but --backbone resnet10 has its own; Conv-4 and Conv-6 take it",
+    }
+    for backbone, word in words.items():
         with pytest.raises(SystemExit):
-            run(tmp_path, "none", *wrong)
-        assert f"is of --backbone conv4; this run has --backbone {backbone}" in capsys.readouterr().err
+            run(tmp_path, "none", "--backbone", backbone, "--image-size", "32", "--encoder", str(file))
+        assert word in capsys.readouterr().err
 
 
 def test_an_encoder_that_is_stopped_and_resumed_is_the_same(tmp_path, monkeypatch, capsys):
@@ -512,7 +515,7 @@ def test_file_lists(lists):
 
 def half_white(mode):
     """The left half is black, the right one is white."""
-    image = Image.new(mode, (40, 20), {"CMYK": (0, 0, 0, 255)}.get(mode, 0))
+    image = Image.new(mode, (40, 20), {"CMYK": (0, 0, 0, 255), "RGBA": (0, 0, 0, 255), "LA": (0, 255)}.get(mode, 0))
     white = {"RGB": (255,) * 3, "CMYK": (0,) * 4, "RGBA": (255,) * 4, "LA": (255, 255)}.get(mode, 255)
     image.paste(white, (20, 0, 40, 20))
     return image
@@ -536,6 +539,39 @@ def test_images_of_every_kind_look_as_they_are(kind, tmp_path):
     left, right = data.decode(str(path), 20).float().mean((0, 1)).split(10)
     assert left.mean() < (70 if kind == "16" else 10) and right.mean() > 245
     assert kind != "16" or left.mean() > 50
+
+
+def transparent(kind, under):
+    """A square that is black on the left and to be seen through on the right, where its file says `under`; and a half between."""
+    alpha = Image.new("L", (40, 40), 255)
+    alpha.paste(0, (20, 0, 40, 40))
+    square = Image.new("L", (40, 40), 0)
+    square.paste(under, (20, 0, 40, 40))
+    if kind in ("RGBA", "LA"):
+        alpha.paste(128, (0, 20, 20, 40))
+        square = square.convert(kind[:-1])
+        square.putalpha(alpha)
+        return square, {}
+    if kind == "P":
+        return square.convert("RGB").quantize(2), {}
+    return square.convert(kind), {"transparency": (under,) * 3 if kind == "RGB" else under}
+
+
+@pytest.mark.parametrize("under", [30, 255])
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
+def test_what_is_transparent_is_white_whatever_lies_under_it(kind, under, tmp_path):
+    path = tmp_path / "image.png"
+    image, settings = transparent("L" if kind == "I;16" else kind, under)
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 256)
+        settings = {"transparency": under * 256}
+    if kind == "P":
+        clear = image.getpixel((30, 0))
+        settings = {"transparency": bytes(0 if i == clear else 255 for i in range(2))}
+    image.save(path, **settings)
+    seen = np.asarray(data.open_image(path))
+    assert (seen[:, 20:] == 255).all() and (seen[:20, :20] == 0).all()
+    assert abs(int(seen[30, 10, 0]) - (127 if kind in ("RGBA", "LA") else 0)) <= 1
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -673,8 +709,15 @@ def test_bad_file_lists(lists, refused):
         return refused(lambda extra: train_on_files(lists, *extra), extra)
 
     assert "domain 'cub' is not there" in (text := message("--held-out", "cub")) and "a, b, c" in text
-    assert "an episode needs 14 of each class" in (text := message("--n-query", "13")) and "has 4 images" in text
-    assert "a/base has 4 classes; an episode needs 5" in message("--n-way", "5")
+    few = ("--n-query", "13")
+    assert "an episode needs 14 of each class (--n-shot 1 and --n-query 13)" in (text := message(*few)) and "has 4 images" in text
+    assert f"in {lists / 'images' / 'a'}" in text
+    assert text == message(*few, "--check")
+    many = message("--n-way", "5")
+    assert "a/base has 4 classes; an episode needs 5 (--n-way); --n-way 4 takes them; prepare folders … --split gives" in many
+    train_on_files(lists, "--check")
+    assert not (lists / "runs.jsonl").exists()  # by failed runs neither
+    assert "Under --data-dir none: no domain. Name another folder" in message("--data-dir", "none")
     for i in range(4):
         (lists / "images" / "b" / "class2" / f"{i}.png").unlink()
     text = message()
@@ -742,8 +785,8 @@ def test_print_gives_one_command_a_line():
     arguments = ("--print", "--data", "filelists", "--data-dir", "a folder")
     done = shell("cross_domain_fewshot/run.sh", *arguments, BACKBONES="resnet10", SEEDS="1 2")
     lines = done.stdout.splitlines()
-    assert len(lines) == len(set(lines)) == 1 + 4 * 2 * 6 * 2
-    assert "cross_domain_fewshot.pretrain" in lines[0] and "--domain miniImagenet" in lines[0]
+    assert len(lines) == len(set(lines)) == 4 + 1 + 4 * 2 * 6 * 2  # looks at the lists, the encoder, the runs
+    assert "cross_domain_fewshot.pretrain" in lines[4] and "--domain miniImagenet" in lines[4]
     assert all("--data-dir a\\ folder" in line for line in lines)
     args = train.parse_args(lines[-1].replace("a\\ folder", "folder").split("train ")[1].split())
     assert isinstance(args, argparse.Namespace) and args.seen == ["miniImagenet", "cub", "cars", "places"]

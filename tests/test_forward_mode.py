@@ -48,7 +48,7 @@ def named(op) -> str:
 
 
 def status(op) -> str:
-    """"right", "refused", or why it cannot be compared; "WRONG" and how far, if it is."""
+    """ "right", "refused", or why it cannot be compared; "WRONG" and how far, if it is."""
     if torch.float64 not in op.supported_dtypes("cpu"):
         return "no float64"
     if op.name in ("bfloat16", "half", "chalf", "float", "cfloat"):
@@ -519,6 +519,8 @@ ALLOWED = {
     "prediction": lambda h: h * float((h.argmax(1).numpy() > 3).mean()),
     "control by values": lambda h: h * 2 if h.sum() > 0 else h * 3,
     "in place on a view": lambda h: (lambda z: (z[:, 0].mul_(2), z)[1])(h * 1),
+    "foreach norms": lambda h: h * torch.stack(torch._foreach_norm([h, h.square()])).sum(),
+    "foreach 1-norms": lambda h: h * torch.stack(torch._foreach_norm([h, h.exp()], 1)).sum(),
     "tensor_split": lambda h: torch.cat(h.tensor_split(torch.tensor([2, 5]), 1)[::-1], 1),
 }
 
@@ -656,7 +658,11 @@ def after_a_backward_pass(h):
     return h.sin()
 
 
-SCRIPTED = torch.jit.script(nn.Tanh())
+def scripted(h):
+    """Made here, and not before: with TorchScript in the process more is looked at in all of it."""
+    return torch.jit.script(nn.Tanh())(h)
+
+
 CONSTANT = {  # of a hidden layer: all of it is a constant, or a part
     "no_grad": within(torch.no_grad),
     "decorated": torch.no_grad()(torch.sin),
@@ -667,10 +673,10 @@ CONSTANT = {  # of a hidden layer: all of it is a constant, or a part
     "inference_mode, a layer": lambda h: within(torch.inference_mode, lambda h: F.linear(h[:, :6], h.T))(h).clone(),
     "in turns": in_turns,
     "out of inference mode": out_of_inference,
-    "TorchScript": within(torch.no_grad, SCRIPTED),
-    "after TorchScript": lambda h: SCRIPTED(h) + within(torch.no_grad)(h),
+    "TorchScript": within(torch.no_grad, scripted),
+    "after TorchScript": lambda h: scripted(h) + within(torch.no_grad)(h),
     "a function with a jvp": within(torch.no_grad, EnablesWithin.apply),
-    "after a function that enables": lambda h: SCRIPTED(EnablesWithin.apply(h)) + within(torch.no_grad)(h) + h.cos(),
+    "after a function that enables": lambda h: scripted(EnablesWithin.apply(h)) + within(torch.no_grad)(h) + h.cos(),
     "in a hook": in_a_hook,
     "after a backward pass": after_a_backward_pass,
     "checkpointed": lambda h: checkpoint(within(torch.no_grad), h, use_reentrant=False) + h,
@@ -758,3 +764,169 @@ def test_the_table_says_what_is_wrong():
         assert row.names or row.aten
         assert row.wrong.startswith(("it", "in"))
         assert row.issue is None or row.issue > 100_000
+
+
+# --- gradients that a loss takes itself -----------------------------------------------------------------------------------
+
+
+def _leaf(model, x, given):
+    return torch.autograd.grad(model(given).sum(), given, create_graph=True)[0]
+
+
+def _made(model, x, given):
+    x = x.clone().requires_grad_()
+    u = model(x)
+    return torch.autograd.grad(outputs=u, inputs=x, grad_outputs=u.square(), create_graph=True)[0]
+
+
+def _set(model, x, given):
+    x = x * 1
+    x.requires_grad = True
+    return torch.autograd.grad([model(x).square().sum()], [x], create_graph=True)[0]
+
+
+def _factory(model, x, given):
+    x = torch.full(x.shape, 0.3, requires_grad=True)
+    unused = torch.zeros(2, requires_grad=True)
+    found, nothing = torch.autograd.grad(model(x).sum(), (x, unused), create_graph=True, allow_unused=True)
+    assert nothing is None
+    return found
+
+
+def _third(model, x, given):
+    found = torch.autograd.grad(model(given).sum(), given, create_graph=True)[0]
+    for i in range(2):
+        found = torch.autograd.grad(found[:, i].sum(), given, create_graph=True)[0]
+    return found
+
+
+def _hidden(model, x, given):
+    h = model[0](x).exp().requires_grad_()  # PyTorch makes its tangent of its value
+    return torch.autograd.grad(model[1:](h).square().sum(), h, create_graph=True)[0]
+
+
+def _hidden_in_a_graph(model, x, given):
+    h = model[0](given).exp()
+    by_h, by_given = torch.autograd.grad(model[1:](h.sigmoid()).square().sum(), [h, given], create_graph=True)
+    return by_h + by_given
+
+
+def _batched(model, x, given):
+    rows = torch.eye(len(x))[:, :, None]
+    return torch.autograd.grad(model(given).square(), given, rows, create_graph=True, is_grads_batched=True)[0].sum(0)
+
+
+def _jacobian(model, x, given):
+    return torch.autograd.functional.jacobian(lambda x: model(x).square().sum(0), given, create_graph=True)[0]
+
+
+def _attack(model, x, given):
+    x = x.clone().requires_grad_()
+    return model(x + 0.3 * torch.autograd.grad(model(x).square().sum(), x)[0])  # without create_graph: a constant
+
+
+def _asked(model, x, given):
+    h = model[0](x)
+    return h.square() if h.requires_grad else 0 * h
+
+
+GRADIENTS = [_leaf, _made, _set, _factory, _third, _hidden, _hidden_in_a_graph, _batched, _jacobian, _attack, _asked]
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "layer_norm"])
+@pytest.mark.parametrize("found", GRADIENTS, ids=lambda found: found.__name__[1:])
+def test_gradients_by_inputs_in_a_loss(found, normalized, float64):
+    """Gradient penalties, physics-informed losses, adversarial inputs: λ weighs samples, and is the strength of the penalty."""
+    torch.manual_seed(0)
+    norm = [nn.LayerNorm(4)] if normalized and found is not _third else []  # PyTorch's own third derivative of it is wrong
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), *norm, nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 1))
+    x, y, given = torch.randn(5, 4), torch.randn(5, 1), torch.randn(5, 4, requires_grad=True)
+    weights, strength = torch.zeros(5, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+
+    def train_loss(m):
+        penalty = found(m, x, given).square().sum(1)
+        return F.mse_loss(m(x), y) + (weights.exp() * penalty).mean() + strength.exp() * (penalty + 0.1).sqrt().mean()
+
+    problem = train_loss, lambda m: F.mse_loss(m(x), y), model, [weights, strength]
+    right = evograd.baselines.unrolled(*problem, inner_lr=0.1).grads
+    assert relative_difference(evograd.mixed_mode(*problem, inner_lr=0.1).grads, right) < 1e-10
+    if found not in (_attack, _asked):  # what is detached moves with a candidate, which has no graph
+        assert relative_difference(evograd.guided(*problem, inner_lr=0.1).grads, right) < 1e-6
+
+
+def _by_weights(model, x):
+    return torch.autograd.grad(model(x).square().sum(), model.parameters(), create_graph=True)[0]
+
+
+def _unmarked(model, x):
+    h = model[0](x)
+    return torch.autograd.grad(model[1:](h).sum(), h, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("estimator", [evograd.guided, evograd.hypergradient, evograd.mixed_mode])
+@pytest.mark.parametrize("found", [_by_weights, _unmarked])
+def test_gradients_without_a_graph_are_one_sentence(found, estimator):
+    model, x, strength = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(5, 4), torch.ones((), requires_grad=True)
+    train_loss = lambda m: m(x).square().mean() + strength * found(m, x).square().sum()
+    with pytest.raises(
+        RuntimeError, match=r"gradient.* by the model's parameters .* for evograd.baselines.unrolled.* requires_grad_\(\)"
+    ):
+        estimator(train_loss, lambda m: m(x).sum(), model, [strength], inner_lr=0.1)
+
+
+def test_backward_in_a_loss_is_refused(float64):
+    model, x, strength = nn.Linear(4, 4), torch.randn(5, 4), torch.ones((), requires_grad=True)
+
+    def train_loss(m):
+        m(x).sum().backward()
+        return strength * m(x).square().mean()
+
+    with pytest.raises(NotImplementedError, match="backward.. in it cannot be followed; call torch.autograd.grad"):
+        evograd.mixed_mode(train_loss, lambda m: m(x).sum(), model, [strength], inner_lr=0.1)
+
+
+class Equilibrium(nn.Module):
+    """z = tanh(w z + u x), by iteration; its gradient by a hook on z, or through the iteration."""
+
+    def __init__(self, hooked):
+        super().__init__()
+        self.w, self.u, self.out, self.hooked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1), hooked
+        nn.init.uniform_(self.w.weight, -0.2, 0.2)
+
+    def forward(self, x):
+        step, z = lambda z: torch.tanh(self.w(z) + self.u(x)), torch.zeros(len(x), 4)
+        with torch.set_grad_enabled(not self.hooked):
+            for _ in range(60):
+                z = step(z)
+        if self.hooked:
+            z = step(z)
+            if z.requires_grad:
+                at = z.detach().requires_grad_()
+                once = step(at)
+
+                def solved(g):
+                    v = g
+                    for _ in range(60):
+                        v = torch.autograd.grad(once, at, v, retain_graph=True)[0] + g
+                    return v
+
+                z.register_hook(solved)
+        return self.out(z)
+
+
+def test_a_hook_on_a_tensor_is_refused_and_those_of_modules_are_as_without_gradients(float64):
+    """An implicit gradient: guided has the right value, and mixed mode would not call the hook."""
+    torch.manual_seed(0)
+    x, y, weights = torch.randn(8, 4), torch.randn(8, 1), torch.zeros(8, requires_grad=True)
+    train_loss, val_loss = lambda m: (weights.exp() * (m(x) - y).square()[:, 0]).mean(), lambda m: F.mse_loss(m(x), y)
+    plain, hooked = Equilibrium(False), Equilibrium(True)
+    hooked.load_state_dict(plain.state_dict())
+    right = evograd.baselines.unrolled(train_loss, val_loss, plain, [weights], inner_lr=0.3).grads
+    assert relative_difference(evograd.guided(train_loss, val_loss, hooked, [weights], inner_lr=0.3).grads, right) < 1e-6
+    with pytest.raises(NotImplementedError, match="does not call the hooks of a tensor .register_hook.*or use evograd.guided"):
+        evograd.mixed_mode(train_loss, val_loss, hooked, [weights], inner_lr=0.3)
+    seen = []
+    plain.out.register_full_backward_hook(lambda *_: seen.append(1))
+    plain.out.register_full_backward_pre_hook(lambda *_: seen.append(1))
+    assert relative_difference(evograd.mixed_mode(train_loss, val_loss, plain, [weights], inner_lr=0.3).grads, right) < 1e-10
+    assert seen  # in the passes of first order

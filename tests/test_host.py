@@ -1132,3 +1132,118 @@ def test_higher_refuses_what_runs_before_a_module(float64):
         b.unrolled(*problem, inner_lr=ETA, engine="higher")
     found, exact = b.unrolled(*problem, inner_lr=ETA).grads, ESTIMATORS["guided"](*problem).grads
     assert relative_difference(exact, found) < 1e-6
+
+
+class Fixed(nn.Module):
+    """A layer whose matrix is a buffer of another kind: float8, quantised, sparse. `rebinds`: to what it has itself computed."""
+
+    def __init__(self, matrix, rebinds=False):
+        super().__init__()
+        self.register_buffer("matrix", matrix)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.first, self.last, self.rebinds = nn.Linear(D, 6).double(), nn.Linear(6, C).double(), rebinds
+
+    def forward(self, x):
+        self.calls += 1
+        now = self.matrix
+        if self.rebinds:
+            self.matrix = self.matrix.clone()
+        if now.layout in (torch.strided, torch._mkldnn):
+            return self.last(torch.tanh(self.first(x @ dense(now))))
+        return self.last(torch.tanh(self.first((now @ x.T).T)))
+
+
+def dense(matrix):
+    plain = matrix if matrix.layout is torch.strided else matrix.to_dense()
+    return (plain.dequantize() if plain.is_quantized else plain).double()
+
+
+MATRICES = {
+    "float8_e4m3fn": lambda m: m.to(torch.float8_e4m3fn),
+    "float8_e5m2": lambda m: m.to(torch.float8_e5m2),
+    "uint16": lambda m: m.abs().mul(9).to(torch.uint16),
+    "bool": lambda m: m > 0,
+    "quint8": lambda m: torch.quantize_per_tensor(m.float(), 0.02, 128, torch.quint8),
+    "quint8, by channel": lambda m: torch.quantize_per_channel(m.float(), torch.full((D,), 0.02), torch.zeros(D).int(), 0, torch.quint8),
+    "mkldnn": lambda m: m.float().to_mkldnn(),
+    "coo": torch.Tensor.to_sparse,
+    "csr": torch.Tensor.to_sparse_csr,
+    "csc": torch.Tensor.to_sparse_csc,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS", "ignore:.*[qQ]uantiz")
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "in_place", "in_place_guided"])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_buffers_of_other_kinds(kind, estimator, float64):
+    """Values are those of a dense float64 buffer, or an error names the way out; the buffer is afterwards what it was."""
+    torch.manual_seed(0)
+    problem, square = bilevel("mlp"), torch.randn(D, D).double()
+    # x @ matrix and matrix @ x: of a symmetric one they are the same
+    matrix = MATRICES[kind](((square + square.T) * (square + square.T > 0)).clamp(-2, 2))
+    results = []
+    for of, rebinds in ((dense(matrix), False), (matrix, True)):
+        model = Fixed(of, rebinds)
+        model.first.load_state_dict({n: torch.linspace(-1, 1, p.numel()).view_as(p) for n, p in model.first.state_dict().items()})
+        model.last.load_state_dict({n: torch.linspace(-1, 1, p.numel()).view_as(p) for n, p in model.last.state_dict().items()})
+        run = {
+            "in_place": lambda *a: evograd.hypergradient(*a, strategy="in_place"),
+            "in_place_guided": lambda *a: evograd.guided(*a, inner_lr=ETA, strategy="in_place"),
+            **ESTIMATORS,
+        }[estimator]
+        torch.manual_seed(0)
+        if of is matrix and estimator == "mixed_mode" and kind in ("csr", "csc"):
+            with pytest.raises(NotImplementedError, match="make them dense, or use evograd.guided"):
+                run(problem.train_loss, problem.val_loss, model, problem.hyperparameters)
+        else:
+            results.append(run(problem.train_loss, problem.val_loss, model, problem.hyperparameters).grads)
+        assert model.matrix is of and model.calls == 0
+    assert len(results) == 1 or relative_difference(*results) < 1e-6
+
+
+class Sets(nn.Module):
+    """Of a set of vectors each, in a nested tensor, or in a list: the mean of what a layer makes of them."""
+
+    def __init__(self, kinked):
+        super().__init__()
+        self.first, self.last, self.kinked = nn.Linear(D, 6).double(), nn.Linear(6, C).double(), kinked
+
+    def forward(self, sets):
+        if isinstance(sets, torch.Tensor):
+            parts = self.kinked(self.first(sets)).unbind()
+        else:
+            parts = [self.kinked(self.first(part)) for part in sets]
+        return self.last(torch.stack([part.mean(0) for part in parts]))
+
+
+KINKED = {"relu": F.relu, "relu6": F.relu6, "elu": lambda t: F.elu(t, 2.0), "clamp": lambda t: t.clamp(-0.3, 0.3)}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("kinked", KINKED)
+def test_nested_tensors_are_for_estimators_of_first_order(kinked):
+    torch.manual_seed(0)
+    sets, y = [torch.randn(n, D).double() for n in (3, 9, 2, 4)], torch.tensor([0, 1, 2, 1])
+    weights, model = torch.zeros(4).double().requires_grad_(), Sets(KINKED[kinked])
+    nested = torch.nested.nested_tensor(sets, layout=torch.jagged)
+    of = lambda x: (
+        lambda m: (weights.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean(),
+        lambda m: F.cross_entropy(m(x), y),
+        model,
+        [weights],
+    )
+    right = b.unrolled(*of(sets), inner_lr=ETA).grads
+    ahead = {name: p.detach() for name, p in model.named_parameters()}
+    for settings in ({}, dict(strategy="in_place"), dict(share_kinks=False)):
+        assert relative_difference(evograd.guided(*of(nested), inner_lr=ETA, **settings).grads, right) < 1e-6
+    kinks = evograd.operations.kinks.Kinks(packed=True)
+    with kinks.record():
+        of(nested)[0](model)
+    settings = dict(inner_lr=ETA, lookahead=ahead)
+    expected = evograd.guided(*of(sets), **settings).grads
+    assert relative_difference(evograd.guided(*of(nested), kinks=kinks, **settings).grads, expected) < 1e-6
+    with pytest.raises(NotImplementedError, match="nested tensors cannot be used.*unbind.* or use evograd.guided"):
+        evograd.mixed_mode(*of(nested), inner_lr=ETA)
+    for estimator in (b.unrolled, b.neumann):
+        with pytest.raises(RuntimeError, match="double backward through a nested tensor, .*unbind.* guided need first derivatives alone"):
+            estimator(*of(nested), inner_lr=ETA)

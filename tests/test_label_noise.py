@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
-from evograd.lab import figures
+from evograd.lab import cli, figures
 from evograd.lab.methods import MAIN
 from label_noise_mwn import compare, data, plot, train
 from label_noise_mwn.data import Source, load, make_task, noise_matrix, reflect
@@ -494,6 +494,48 @@ def test_epochs_that_are_not_evaluated_have_none(tmp_path, monkeypatch, capsys):
     assert metrics["val_accuracy"][metrics["best_epoch"] - 1] == best
     plot.main([str(tmp_path / "runs.jsonl"), "--out-dir", str(tmp_path)])
     assert (tmp_path / "label_noise_mwn_accuracy_digits.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--crop-padding", "8"], "--crop-padding 8 given; for images of 8 x 8 pixels at most 7 is accepted"),
+        (["--batch-size", "100", "--train-images", "99"], "--batch-size 100 given, but there are 99 training images"),
+        (
+            ["--meta-images", "1200"],
+            "--val-images 100 takes 10 images of each class, but of class 4 there are 2 after --meta-images 1200",
+        ),
+        (["--checkpoint", "{}/file/run.pt"], "--checkpoint {}/file/run.pt cannot be written: File exists"),
+        (["--checkpoint", "/proc/run.pt"], "--checkpoint /proc/run.pt cannot be written: "),
+        (["--checkpoint", "{}"], "--checkpoint {} is a folder"),
+    ],
+)
+def test_what_cannot_be_names_its_flag_and_leaves_nothing(given, words, tmp_path, refused):
+    (tmp_path / "file").touch()
+    out = tmp_path / "runs.jsonl"
+    given = [word.format(tmp_path) for word in given]
+    refused(train.main, ["--device", "cpu", "--epochs", "1", "--out", str(out), *given], words.format(tmp_path))
+    assert not out.exists()
+
+
+def test_the_largest_padding_is_taken():
+    made = task("flip", 0.4)
+    made.check_padding(7)
+    seen = made.augmented(made.train.images[:50], 7, True, torch.Generator().manual_seed(0))
+    assert seen.shape == (50, *made.train.images.shape[1:])
+
+
+def test_weights_that_are_the_wrong_way_round_are_said(tmp_path, capsys, monkeypatch):
+    for auc, said in ((0.3, True), (0.7, False)):
+        monkeypatch.setattr(train, "roc_auc_score", lambda *_, auc=auc: auc)
+        run(tmp_path, "evograd", "--train-images", "200", "--seed", "3" if said else "4")
+        assert ("the weights are larger for wrong labels than for right ones. Another --meta-lr" in capsys.readouterr().out) is said
+
+
+@pytest.mark.parametrize(("found", "words"), [(9.0, "is no more than"), (12.0, "is little more than"), (15.0, None)])
+def test_next_to_nothing_is_said_too(found, words, capsys):
+    cli.say_if_chance("a run", found, [*range(10)] * 1000, "Advice.")
+    assert capsys.readouterr().out == (f"a run: {found:.2f} % {words} chance (10.00 %) with these settings. Advice.\n" if words else "")
 
 
 def test_a_result_that_is_chance_is_said(tmp_path, capsys):

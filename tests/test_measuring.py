@@ -55,6 +55,21 @@ def test_peak_bytes_of_a_step_includes_the_state_that_stays():
     assert 3 * MB <= peak_bytes(step) < 3.1 * MB  # weight, momentum, gradient
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_tensors_are_their_parts():
+    x = torch.zeros(100, 1)
+    eye = torch.eye(100)
+    for sparse, expected in ((eye.to_sparse(), 100 * (16 + 4)), (eye.to_sparse_csr(), 101 * 8 + 100 * (8 + 4))):
+        assert peak_bytes(lambda s=sparse: s @ x) >= expected + 400 + 400  # operations may copy the places
+        assert counts(lambda s=sparse: s @ x)[0] == peak_bytes(lambda s=sparse: s @ x)
+
+
+def test_flops_are_counted_where_a_loss_takes_gradients_by_its_inputs():
+    model, x = nn.Linear(10, 10, bias=False), torch.zeros(5, 10, requires_grad=True)
+    assert flops(lambda: torch.autograd.grad(model(x).sum(), x)) == 2 * 2 * 5 * 10 * 10
+    assert counts(lambda: model(x).sum().backward(inputs=[x]))[1] == 2 * 2 * 5 * 10 * 10
+
+
 @pytest.mark.parametrize("name", ["plain", "evograd", "mixed_mode", "unrolled"])
 def test_counts_in_two_runs_are_those_of_one_counter_at_a_time(name):
     step = steps(resnet(8, 10), size=8, batch=4)[name]

@@ -887,3 +887,36 @@ def test_encoders_of_one_name_are_told_apart_where_both_are_known(tmp_path):
 def test_wrong_arguments_are_answered_in_two_lines(module, arguments, words, refused):
     message = refused(importlib.import_module(module).main, arguments, words).splitlines()
     assert len(message) == 2 and message[0].endswith("--help lists them")
+
+
+def test_few_shot_runs_and_tests_of_checkpoints_have_intervals(tmp_path):
+    """Records as train.py and evaluate.py write them: in the page, each with its interval, and with the difference to the first."""
+    spec = json.loads((ROOT / "resources/paper_tables.json").read_text(encoding="utf-8"))
+    config = {"data": "filelists", "seen": ["a", "b"], "held_out": "c", "n_shot": 1, "method": "evograd", "seed": 1}
+    tested = {**config, "domain": "d", "split": "novel"}
+    metrics = {"accuracy": 41.5, "interval": 1.25}
+    both = {"accuracy": 44.0, "interval": 1.5, "difference": 2.5, "difference_interval": 0.75}
+    runs = [
+        {"experiment": "cross_domain_fewshot", "config": config, "metrics": metrics},
+        {"experiment": "cross_domain_fewshot_test", "config": tested, "metrics": metrics},
+        {"experiment": "cross_domain_fewshot_test", "config": {**tested, "method": "fixed"}, "metrics": both},
+    ]
+    runs = [{**run, "cost": {}, "environment": {}} for run in runs]
+    found = {table.name: table for table in tables.build_tables(spec, runs, whole=False) if table.runs}
+    own, test = found["cross_domain_fewshot-others"], found["cross_domain_fewshot_test-others"]
+    assert own.header[-2:] == ["accuracy (%)", "± (95 %)"] and own.rows[0][-2:] == ["41.50", "1.25"]
+    assert test.experiment == "cross_domain_fewshot" and "d, novel" in test.rows[0]
+    assert {tuple(row[-4:]) for row in test.rows} == {("41.50", "1.25", "–", "–"), ("44.00", "1.50", "2.50", "0.75")}
+    assert "cross_domain_fewshot_test" in report._kinds(spec)
+
+
+@pytest.mark.parametrize(("epochs", "limits"), [([1], (0.5, 1.5)), ([7], (6.5, 7.5)), ([1, 2, 3], None)])
+def test_an_axis_of_one_epoch_has_a_width(epochs, limits):
+    figure, axis = figures.plt.subplots()
+    axis.plot(epochs, epochs, marker="o")
+    figures.over_epochs(axis)
+    figure.canvas.draw()
+    assert limits is None or axis.get_xlim() == limits
+    inside = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+    assert inside and all(tick == int(tick) for tick in inside) and set(epochs) >= set(inside)
+    figures.plt.close(figure)

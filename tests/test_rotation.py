@@ -281,3 +281,10 @@ def test_a_download_takes_its_place_when_it_is_right(server, tmp_path, monkeypat
     data.download_mnist(str(tmp_path))
     assert gzip.decompress((raw / "t10k-labels-idx1-ubyte.gz").read_bytes()) == content
     check_mnist(tmp_path)
+
+
+def test_a_batch_has_no_more_images_than_there_are(tmp_path, refused):
+    given = ["--batch-size", "100000", "--device", "cpu", "--out", str(tmp_path / "runs.jsonl")]
+    words = ["--batch-size 100000 given, but there are ", " training images; at most as many are accepted"]
+    refused(train.main, given, words)
+    assert not (tmp_path / "runs.jsonl").exists()

@@ -52,6 +52,29 @@ def test_a_failed_run_ends_the_script(jobs, tmp_path):
     assert "argument --epochs: 'no' given; a number (int) is accepted" in done.stderr
 
 
+@pytest.mark.parametrize("jobs", ["abc", "0", "-1", "1.5"])
+def test_jobs_are_a_number(jobs):
+    done = shell("rotation/run.sh", "--print", JOBS=jobs)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: JOBS={jobs} given; the number of runs at a time, at least 1, is accepted\n"
+    )
+
+
+def test_labels_that_are_noisy_already_have_no_level():
+    done = shell("label_noise_mwn/run.sh", "--print", "--data", "x.npz", NOISES="given flip", METHODS="evograd", SEEDS="1 2")
+    lines = done.stdout.splitlines()
+    assert [line.split(" --noise ")[1].split(" --method")[0] for line in lines if "given" in line] == ["given"] * 2
+    assert sum("--noise flip --noise-level 0.4" in line for line in lines) == 2 and len(lines) == 2 + 2 * 3
+
+
+def test_lists_are_looked_at_before_encoders_are_trained():
+    done = shell("cross_domain_fewshot/run.sh", "--print", "--data", "filelists", "--data-dir", "none", "--n-query", "9")
+    lines = done.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if "pretrain" in line)
+    assert first == 4 and all("train --check" in line and "--n-query 9" in line for line in lines[:first])
+    assert not any("--check" in line or "--print" in line for line in lines[first:])
+
+
 def test_reproduce_says_how_to_run_the_real_thing():
     done = shell("reproduce.sh", "--help")
     assert done.returncode == 0

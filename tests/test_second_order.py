@@ -328,27 +328,52 @@ def test_weight_norm_in_torchscript_is_refused_by_name():
 
 
 def test_threads_leave_torch_as_it_was():
-    """Of two calls the one that began first ends first."""
+    """Of two blocks the one that began first ends first."""
     before, inside, ended = torch._C._functions.DelayedError, threading.Event(), threading.Event()
 
-    def call(wait):
-        problem = bilevel("mlp")
-        evograd.baselines.unrolled(lambda m: wait() or problem.train_loss(m), *problem.args()[1:], inner_lr=ETA)
-
     def second():
-        inside.set()
-        assert ended.wait(60)
+        with baselines._changed:
+            inside.set()
+            assert ended.wait(60)
 
-    def first():
+    other = threading.Thread(target=second)
+    with baselines._changed:
         other.start()
         assert inside.wait(60)
-
-    other = threading.Thread(target=call, args=(second,))
-    call(first)
     assert torch._C._functions.DelayedError is not before  # the other goes on
     ended.set()
     other.join(60)
     assert torch._C._functions.DelayedError is before
+
+
+@pytest.mark.parametrize("estimator", ["evograd", "guided", "mixed_mode", "unrolled"])
+def test_threads_wait_for_each_other(estimator):
+    """A search over seeds with a thread pool: levels of forward mode and random numbers are one for all threads."""
+    problems = [bilevel("dropout", seed) for seed in range(4)]
+    run = {
+        "evograd": lambda *a: evograd.hypergradient(*a, common_random_numbers=True, inner_lr=ETA),
+        "guided": lambda *a: evograd.guided(*a, inner_lr=ETA),
+        "mixed_mode": lambda *a: evograd.mixed_mode(*a, inner_lr=ETA),
+        "unrolled": lambda *a: evograd.baselines.unrolled(*a, inner_lr=ETA),
+    }[estimator]
+    largest, errors = [], []
+
+    def norms(problem):
+        return [torch.stack([g.norm() for g in run(*problem.args()).grads]).norm().item() for _ in range(10)]
+
+    def work(problem):
+        try:
+            largest.extend(norms(problem))
+        except Exception as error:
+            errors.append(error)
+
+    alone = max(norm for problem in problems for norm in norms(problem))
+    threads = [threading.Thread(target=work, args=(problem,)) for problem in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors and len(largest) == 40 and max(largest) < 5 * alone
 
 
 @pytest.mark.parametrize("block", [recomputation._patched, precision._watching, forward_mode._unfused, baselines._changed])

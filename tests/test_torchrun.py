@@ -308,7 +308,7 @@ def test_a_signal_to_one_process_does_not_wait_for_the_evaluation_of_all(experim
     found = run(tmp_path, signalled_while_it_evaluates, experiment, stopped)
     assert [f["code"] for f in found] == [128 + signal.SIGTERM] * 2, found[0]["err"] + found[1]["err"]
     assert "stopped by SIGTERM in the evaluation after step" in found[0]["err"] and "stopped by" not in found[1]["err"]
-    assert not (tmp_path / "stopped" / "runs.jsonl").read_text()
+    assert not (tmp_path / "stopped" / "runs.jsonl").exists()
     assert [f["code"] for f in run(tmp_path, disturbed, experiment, stopped)] == [0, 0]
     assert only_line(tmp_path / "stopped")["metrics"] == only_line(expected)["metrics"]
 

@@ -16,15 +16,15 @@ SMALL = 2**16  # elements of a plain tensor that is copied, so that what is writ
 
 
 class Attributes:
-    """Of modules, and of all in them. roots: those that have the others in them."""
+    """Of modules, and of all in them. roots: those that have the others in them.  plain: further tensors to be put back."""
 
-    def __init__(self, modules: Sequence[nn.Module], roots: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], roots: Sequence[nn.Module], plain: list[tuple[nn.Module, str, Tensor]]):
         self.modules, self.roots = modules, roots
         self.classes = list(map(type, modules))
         # Of every module: names of its parameters, buffers and parts, and its hooks.
         self.filled: list[object] = []
         self.empty: list[object] = []
-        self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors in attributes that are neither parameter nor buffer
+        self.plain = plain  # and tensors in attributes that are neither parameter nor buffer
         self.containers: list[object] = []  # beside those that every module has
         for module in modules:
             for name, value in vars(module).items():
@@ -101,8 +101,8 @@ class Before:
         for module, name, tensor in self.large:
             raise RuntimeError(
                 f"{type(module).__name__}.{name}, a tensor of shape {tuple(tensor.shape)}, was written into by a loss: one "
-                "candidate would see what another has left there. Make it a buffer (register_buffer), of which every candidate "
-                "gets a copy, or bind the attribute to a new tensor"
+                "candidate would see what another has left there. Make it a dense buffer (register_buffer), of which every "
+                "candidate gets a copy, or bind the attribute to a new tensor"
             )
 
 

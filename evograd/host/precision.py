@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..operations.threads import Shared, replaced
 
 class _OfThisThread(threading.local):
     watching: tuple[Precision, ...] = ()
+    full = False
 
 
 _here, _enter = _OfThisThread(), autocast.__enter__
@@ -72,8 +73,26 @@ class Precision:
                 self._add(torch.get_autocast_dtype(device))
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Nothing is cast within the block: autocast is off, and stays so where a loss enters it."""
+    before, _here.full = _here.full, True
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_watching)
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(autocast(device))
+            yield
+    finally:
+        _here.full = before
+
+
 def _entered(self: autocast) -> autocast:
-    result = _enter(self)
+    enabled, self._enabled = self._enabled, self._enabled and not _here.full
+    try:
+        result = _enter(self)
+    finally:
+        self._enabled = enabled
     for precision in _here.watching:
         precision._look()
     return result

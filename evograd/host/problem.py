@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..operations.forward_mode import bare, leaves
+from ..operations.threads import one_at_a_time
 from . import checks
 from .checks import Closure, Parameters
 from .draws import Draws
@@ -21,6 +22,8 @@ from .sharded import Sharding, local
 from .slots import Slots, some
 from .stand_ins import StandIn, place
 from .vectors import Layout, Position, Vector
+
+NO_GRAPH = ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad")
 
 
 class Problem:
@@ -101,11 +104,23 @@ class Problem:
 
     def evaluate(self, closure: Closure) -> Tensor:
         """closure(model), checked to be a scalar, as ()."""
-        return self.scalar(closure, closure(self.model))
+        try:
+            return self.scalar(closure, closure(self.model))
+        except RuntimeError as error:
+            if any(words in str(error) for words in NO_GRAPH):
+                raise RuntimeError(
+                    f"{self._which(closure)} takes a gradient in which there is no graph here ({error}): gradients by the model's "
+                    "parameters inside of a loss are for evograd.baselines.unrolled; by other tensors, call requires_grad_() on them "
+                    "before they are used"
+                ) from error
+            raise
+
+    def _which(self, closure: Closure) -> str:
+        return "train_loss" if closure is self.train_loss else "val_loss"
 
     def scalar(self, closure: Closure, value: object) -> Tensor:
         """The value of a loss, as ()."""
-        which = "train_loss" if closure is self.train_loss else "val_loss"
+        which = self._which(closure)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -131,6 +146,12 @@ class Problem:
     def at(self, position: Position) -> AbstractContextManager:
         """The model at a position, which has no graph of its own."""
         return self.holding(_whole(position)) if self.place is None else self.place.at(position, differentiable=False)
+
+    def partial(self, closure: Closure, at: Position) -> tuple[Tensor, list[Tensor | None]]:
+        """(ℓ, ∂ℓ/∂λ) of a loss at a position, without a graph for θ."""
+        with self.at(at):
+            loss = self.evaluate(closure)
+            return loss.detach(), partial(loss, self.hyperparameters, self.keeps)
 
     def gradient(
         self, closure: Closure, at: Position, take: Callable[[int, Tensor], None]
@@ -234,10 +255,15 @@ class Problem:
 
     @contextmanager
     def undisturbed(self):
-        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too.
+        """Whatever a closure does to them, flags and gradients are as before afterwards, after an error too. Other threads wait.
 
         RuntimeError if a closure has written into the model's parameters, which cannot be undone.
         """
+        with one_at_a_time, self._undisturbed():
+            yield
+
+    @contextmanager
+    def _undisturbed(self):
         tensors = {id(t): t for t in [*self.own.values(), *self.hyperparameters]}.values()
         before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
         versions = {name: p._version for name, p in self.own.items() if not p.is_inference()}

@@ -74,6 +74,8 @@ def parts(value: object) -> Iterator[tuple[str, object]]:
         yield "", value.__func__
     elif kind is partial:
         yield from [("", value.func), *((str(i), a) for i, a in enumerate(value.args)), *value.keywords.items()]
+    elif "func" in getattr(value, "__dict__", ()):  # a loss of a step that is remembered
+        yield "", value.func
     elif kind in (list, tuple, set):
         yield from ((str(i), entry) for i, entry in enumerate(value)) if len(value) <= ENTRIES else ()
     elif kind is dict:

@@ -18,6 +18,9 @@ from .attributes import Attributes, items, some
 from .draws import on_the_host
 from .stand_ins import Watch
 
+NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+NUMBERS |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # by which one can multiply: not bool, float8, uint16
+
 
 class Slots:
     """Where a model's parameters and buffers stand: under every name of every module, and in modules' own lists and dicts.
@@ -36,6 +39,7 @@ class Slots:
         self.originals: list[tuple[object, object, Tensor]] = []
         self.buffers: dict[int, Tensor] = {}
         self.written: set[int] = set()  # weights that their module writes into as it is called
+        plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors that stay, and are put back: they are no dense buffers
         self.block: object = None  # the innermost one that is open
         memo: set[nn.Module] = set()
         named = [(root is model, *entry) for root in (model, *beside) for entry in root.named_modules(memo)]
@@ -47,13 +51,16 @@ class Slots:
                         self.parameters[f"{prefix}.{name}" if prefix else name] = tensor
                     self._add(module._parameters, name, tensor)
             for name, tensor in module._buffers.items():
-                if tensor is not None:
+                if tensor is not None and (tensor.layout is not torch.strided or tensor.is_quantized):
+                    plain.append((module, name, tensor))
+                    self.originals.append((module._buffers, name, tensor))
+                elif tensor is not None:
                     if id(tensor) not in hyper:
                         self.buffers[id(tensor)] = tensor
                     self._add(module._buffers, name, tensor)
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 self.written.add(id(module.weight))
-        self.attributes = Attributes(self.modules, (model, *beside))
+        self.attributes = Attributes(self.modules, (model, *beside), plain)
         for container in self.attributes.containers:
             for key, item in items(container):
                 if id(item) in self.places:
@@ -212,7 +219,7 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each, by one operation for each kind of number."""
     groups: dict[tuple, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        kind = tensor.dtype if type(tensor) in (Tensor, FakeTensor) and tensor.dtype != torch.bool else i
+        kind = tensor.dtype if type(tensor) in (Tensor, FakeTensor) and tensor.dtype in NUMBERS else i
         groups.setdefault((kind, tensor.device), []).append(i)
     result: list[Tensor] = [None] * len(tensors)
     for (kind, _), members in groups.items():

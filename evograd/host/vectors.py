@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from copy import copy
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -56,9 +58,18 @@ class Bucket:
         found = {i: t.to_dense() if t.is_sparse else t for i, t in tensors.items() if t is not None}
         if len(self.names) == 1 and found and found[0].stride() == self.places[0][1]:
             return found[0].as_strided((found[0].numel(),), (1,))  # large ones are not copied
+        return self.copied(found)
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """A flat tensor of this bucket, at its full length, which that of one tensor alone may lack."""
+        return flat if len(flat) == self.size else torch.cat([flat, flat.new_zeros(self.size - len(flat))])
+
+    def copied(self, tensors: Mapping[int, Tensor]) -> Tensor:
+        """The same, in storage of its own."""
         flat = self.zeros()
         views = self.views(flat)
-        torch._foreach_copy_([views[i] for i in found], list(found.values()))
+        if tensors:
+            torch._foreach_copy_([views[i] for i in tensors], list(tensors.values()))
         return flat
 
     def moved(self, flat: Tensor) -> dict[str, Tensor]:
@@ -69,31 +80,63 @@ class Bucket:
 
 
 class Layout:
-    """θ in buckets of a bounded size, in its own order."""
+    """θ in buckets of a bounded size, in its own order. kinds: by name, of what is not to share a bucket."""
 
-    def __init__(self, theta: Mapping[str, Tensor]):
+    def __init__(self, theta: Mapping[str, Tensor], kinds: Mapping[str, Hashable] = {}):  # noqa: B006, which is read alone
         self.n_parameters = sum(p.numel() for p in theta.values())
         limit = max(BUCKET, self.n_parameters // 8)
         self.piece = -(-max(PIECE, self.n_parameters // 16) // ALIGNMENT) * ALIGNMENT
         self.buckets: list[Bucket] = []
-        last: dict[tuple[torch.device, torch.dtype], Bucket] = {}
+        last: dict[tuple, Bucket] = {}
         for name, tensor in theta.items():
-            kind = (tensor.device, tensor.dtype)
+            kind = (tensor.device, tensor.dtype, kinds.get(name))
             bucket = last.get(kind)
             if bucket is None or (bucket.size and bucket.size + tensor.numel() > limit):
                 bucket = last[kind] = Bucket(tensor)
                 self.buckets.append(bucket)
             bucket.add(name, tensor)
 
+    def at(self, flats: Sequence[Tensor]) -> Layout:
+        """The same places, around a θ that lies in flat tensors."""
+        return self.around(self.named(flats))
+
+    def around(self, theta: Mapping[str, Tensor]) -> Layout:
+        """The same places, around another θ."""
+        moved = copy(self)
+        moved.buckets = [copy(bucket) for bucket in self.buckets]
+        for bucket in moved.buckets:
+            bucket.tensors = [theta[name] for name in bucket.names]
+            bucket.like = bucket.tensors[0]
+        return moved
+
     @property
     def tensors(self) -> list[Tensor]:
         """θ itself, in the order of the buckets."""
         return [tensor for bucket in self.buckets for tensor in bucket.tensors]
 
+    @property
+    def own(self) -> Position:
+        """θ itself, bucket by bucket."""
+        return [dict(zip(bucket.names, bucket.tensors)) for bucket in self.buckets]
+
+    def whole(self) -> dict[str, Tensor]:
+        """The same, in one."""
+        return {name: tensor for part in self.own for name, tensor in part.items()}
+
+    def flats(self, tensors: Mapping[str, Tensor | None]) -> list[Tensor | None]:
+        """Tensors by name -> a flat one for each bucket, None where it has none."""
+        found = [{i: tensors.get(name) for i, name in enumerate(bucket.names)} for bucket in self.buckets]
+        there = [{i: t for i, t in f.items() if t is not None} for f in found]
+        return [b.copied(f) if f else None for b, f in zip(self.buckets, there)]
+
     def root_mean_square(self) -> float:
         """Of θ's elements."""
         tensors = [t for t in self.tensors if t.numel()]
         return norm(tensors).item() / max(1, self.n_parameters) ** 0.5
+
+    def padded(self, flats: list[Tensor]) -> list[Tensor]:
+        """All at their full length."""
+        return [bucket.padded(flat) for bucket, flat in zip(self.buckets, flats)]
 
     def named(self, flats: Sequence[Tensor]) -> dict[str, Tensor]:
         """{name: tensor} of the buckets' flat tensors."""
@@ -172,17 +215,11 @@ class Vector:
 
     def parity(self, plus: Flat, minus: Flat, between: Flat | None) -> Tensor:
         """(‖g₊ + g₋ − 2g₀‖², ‖g₊ − g₋‖², ‖g₊‖²), the first NaN where nothing is known between the two."""
-        squares = []
-        for group in range(len(self.groups) if plus.vectors is not None and minus.vectors is not None else 0):
-            p, m = exactly(plus.vectors[group]), exactly(minus.vectors[group])
-            even = p + m if between is None or between.vectors is None else (p + m).sub_(between.vectors[group], alpha=2)
-            squares.append(torch.stack(torch._foreach_norm([even, p - m, p])).square())
-        if not squares:
+        if plus.vectors is None or minus.vectors is None:
             return torch.zeros(3, device=self.tensors[0].device)
-        total = squares[0]
-        for more in squares[1:]:
-            total = total + more.to(total.device)
-        return total if between is not None else torch.cat([torch.full_like(total[:1], math.nan), total[1:]])
+        known = between is not None
+        b = [torch.zeros_like(v) for v in plus.vectors] if known and between.vectors is None else between and between.vectors
+        return parity(*(v and map(exactly, v) for v in (plus.vectors, minus.vectors, b)))
 
     def add(self, a: Flat, b: Flat) -> Flat:
         if a.vectors is None or b.vectors is None:
@@ -198,6 +235,17 @@ class Vector:
             for i, piece in zip(members, vector.split([self.tensors[i].numel() for i in members])):
                 result[i] = piece.view(self.tensors[i].shape).to(self.tensors[i].dtype)
         return copies(result) if len(result) > 1 else result
+
+
+def parity(plus: Iterable[Tensor], minus: Iterable[Tensor], between: Iterable[Tensor] | None) -> Tensor:
+    """(‖g₊ + g₋ − 2g₀‖², ‖g₊ − g₋‖², ‖g₊‖²) of gradients in several vectors, the first NaN where g₀ is not known."""
+    total = None
+    for p, m, b in zip(plus, minus, repeat(None) if between is None else between):
+        norms = torch._foreach_norm([p - m, p] if b is None else [p - m, p, (p + m).sub_(b, alpha=2)])
+        odd, whole, even = norms if b is not None else [*norms, torch.full_like(norms[0], math.nan)]
+        squares = torch.stack([even, odd, whole]).to(torch.promote_types(odd.dtype, torch.float32)).square()
+        total = squares if total is None else total + squares.to(total)
+    return total
 
 
 def exactly(tensor: Tensor) -> Tensor:

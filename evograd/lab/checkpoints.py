@@ -54,16 +54,17 @@ def load(path: str | Path) -> dict:
     return content
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise OSError now, not after hours, if a checkpoint cannot be written at `path`."""
+def check_writable(path: str | Path, flag: str = "--checkpoint") -> None:
+    """Raise OSError now, not after hours, if a checkpoint cannot be written at `path`, which is what `flag` has given."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        raise IsADirectoryError(f"--checkpoint {path} is a folder")
-    records.check_regular(path)
-    probe = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    probe.touch()
-    probe.unlink()
+        raise IsADirectoryError(f"{flag} {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records.check_regular(path)
+        records.check_folder(path)
+    except OSError as error:
+        raise OSError(f"{flag} {path} cannot be written: {error.strerror}") from error
 
 
 def check_ours(path: str | Path, flag: str) -> None:

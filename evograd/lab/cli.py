@@ -221,12 +221,21 @@ def check_processes(
 
 
 def say_if_chance(what: str, found: float, labels: Sequence[int], advice: str) -> None:
-    """Say it if a run has learned nothing that its accuracy `found` (per cent) shows. labels: those that it was tested on."""
+    """Say it if a run has learned nothing, or next to nothing, by its accuracy `found` (per cent). labels: of its tests."""
     share = max(Counter(labels).values()) / len(labels)  # one label for all
-    if found / 100 <= share + 2 * math.sqrt(share * (1 - share) / len(labels)):
-        print(f"{what}: {found:.2f} % is no more than chance ({100 * share:.2f} %) with these settings. {advice}")
+    by_chance = share + 2 * math.sqrt(share * (1 - share) / len(labels))
+    if found / 100 <= max(by_chance, share + LITTLE * (1 - share)):
+        much = "no more" if found / 100 <= by_chance else "little more"
+        print(f"{what}: {found:.2f} % is {much} than chance ({100 * share:.2f} %) with these settings. {advice}")
 
 
+def check_batch(batch_size: int, n: int, what: str) -> None:
+    """ValueError where there are fewer of them than a batch is to have."""
+    if batch_size > n:
+        raise ValueError(f"--batch-size {batch_size} given, but there are {n:,} {what}; at most as many are accepted")
+
+
+LITTLE = 0.05  # of the way from chance to 100 %
 progress = partial(tqdm, desc="measuring", unit="step", leave=False, mininterval=1)
 MEASURING = {"enough": 30.0, "progress": progress}  # of a comparison's measurements, see evograd.measuring.seconds
 

@@ -47,6 +47,16 @@ TITLES = {
 }
 
 
+def over_epochs(axis) -> None:
+    """An axis of whole epochs, be it of one alone."""
+    axis.set_xlabel("epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    left, right = axis.get_xlim()
+    if right - left < 1:
+        middle = round((left + right) / 2)
+        axis.set_xlim(middle - 0.5, middle + 0.5)
+
+
 def runs_to_plot(
     description: str, experiment: str, argv: Sequence[str] | None, further: Sequence[str] = ()
 ) -> tuple[list[dict], Path]:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..comparison import Estimate, agreement
+from ..measuring import flop_counter
 
 
 class QualityLog:
@@ -33,7 +33,7 @@ class QualityLog:
                     grads[name] = [g.cpu() for g in estimate().grads]
                     self.seconds.setdefault(name, []).append(time.perf_counter() - start)
                 else:  # once: counting takes time
-                    with FlopCounterMode(display=False) as counter:
+                    with flop_counter() as counter:
                         grads[name] = [g.cpu() for g in estimate().grads]
                     self.flops[name] = counter.get_total_flops()
         exact = grads.pop("exact")

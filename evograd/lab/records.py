@@ -115,12 +115,22 @@ def check_regular(path: Path) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError now, not after hours, if records cannot be appended to `path`."""
+    """Raise OSError now, not after hours, if records cannot be appended to `path`. What is not there is not made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_regular(path)
-    with open(path, "ab"):
-        pass
+    if path.exists():
+        with open(path, "ab"):
+            pass
+    else:
+        check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """OSError if no file can be made beside `path`."""
+    probe = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    probe.touch()
+    probe.unlink()
 
 
 @dataclass(frozen=True)

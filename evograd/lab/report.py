@@ -63,7 +63,8 @@ def _kinds(spec: dict) -> set[str]:
     """The kinds of result lines that a table is of."""
     parts = [part for t in spec["tables"] for part in (t, *t.get("columns", []))]
     kinds = {part["experiment"] for part in parts if "experiment" in part}
-    kinds |= {experiment["name"] for experiment in spec["experiments"] if "measures" in experiment}
+    for experiment in spec["experiments"]:
+        kinds |= {part["name"] for part in (experiment, *experiment.get("also", [])) if "measures" in part}
     return kinds | {f"{figure['experiment']}_paper_cost" for figure in spec.get("cost_figures", {}).get("figures", [])}
 
 

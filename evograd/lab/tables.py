@@ -63,7 +63,8 @@ def build_tables(spec: dict, runs: list[dict], whole: bool = True) -> list[Table
         tables += _cost_figures(spec["cost_figures"], runs, whole)
     shown = {id(run) for table in tables for run in table.runs}
     left = [run for run in runs if id(run) not in shown]
-    others = [_other_table(experiment, spec.get("methods", {}), left) for experiment in spec["experiments"]]
+    parts = [part for experiment in spec["experiments"] for part in (experiment, *experiment.get("also", []))]
+    others = [_other_table(part, spec.get("methods", {}), left) for part in parts]
     tables += [table for table in others if table.runs]
     if "summary" in spec:
         tables.insert(0, _summary(spec["summary"], specs, spec["experiments"], runs, whole))
@@ -366,7 +367,8 @@ def _measure(spec: dict, measure: dict, table: dict, runs: list[dict]) -> tuple[
 def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) -> Table:
     """One line for each configuration of the experiment's own among `runs`, which no other table shows.
 
-    experiment: its `data` are the settings that have a column, its `measures` the columns of numbers.
+    experiment: its `data` are the settings that have a column, its `measures` the columns of numbers. What it has `also` are other
+    kinds of its records, each with a title of its own.
     methods: their titles, in the order of the lines.
     """
     runs = [run for run in runs if run["experiment"] == experiment["name"] and experiment.get("measures")]
@@ -400,8 +402,9 @@ def _other_table(experiment: dict, methods: dict[str, str], runs: list[dict]) ->
         notes.append(f"Settings, where a line names no other: {named(common)}.")
     if any("±" in cell for cells in rows for cell in cells):
         notes.append("Mean ± sample standard deviation over runs with different seeds.")
-    title = "Runs with data or settings of their own"
-    return Table(f"{experiment['name']}-others", experiment["name"], title, header, rows, None, runs, notes)
+    section = experiment.get("of", experiment["name"])
+    title = experiment["title"] if "of" in experiment else "Runs with data or settings of their own"
+    return Table(f"{experiment['name']}-others", section, title, header, rows, None, runs, notes)
 
 
 def differences(configs: Sequence[dict], without: Iterable[str] = ()) -> tuple[list[dict], dict]:

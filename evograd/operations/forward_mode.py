@@ -22,6 +22,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.hooks import BackwardHook
 
 from .threads import Shared, replaced
 
@@ -37,7 +38,8 @@ def directional(
     first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
     replacing = Replacing()
     looking = Unseen(replacing) if scripted(model) else None
-    with looking or nullcontext(), _no_inference, replacing:
+    hooks = replaced((BackwardHook, "_apply_on_tensors", _without_hooks))
+    with looking or nullcontext(), _no_inference, replacing, hooks:
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     if looking and looking.found:
         raise unseen(*looking.found)
@@ -71,6 +73,7 @@ LIMITS = (
     ("doesn't have storage", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
     ("storage of TensorWrapper", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
     ("tensors do not have strides", "where sparse tensors cannot be used: {error}", "make them dense"),
+    ("NestedTensor does not support", "where nested tensors cannot be used: {error}", "take their parts before the first layer (unbind())"),
     ("derivative for", "and the formula of an operation in it cannot be differentiated again: {error}", PLAIN),
     ("functorch", "where this cannot be done: {error}", "leave it out"),
 )
@@ -117,6 +120,10 @@ class Replacing(TorchFunctionMode):
             function(*args)
             return self.follow()  # at once: what follows may be TorchScript, which nothing here sees
         kwargs = kwargs or {}
+        if (form := _OF_REVERSE_MODE.get(function)) and torch._C._functorch.maybe_current_level() == 1:
+            return form(*args, **kwargs)
+        if kwargs.get("requires_grad"):  # of a tensor that is made here
+            return tracked(function(*args, **kwargs))
         row = _BY_FUNCTION.get(function)
         if row is None:
             body = None if function in self.within else _body(function)
@@ -309,6 +316,87 @@ def by_reverse(function: Callable, *args, **kwargs):
         if not traced:
             outputs = [y.detach() if isinstance(y, Tensor) else y for y in outputs]
     return tree_unflatten([_dual(y, pushed.get(j), interpreter.level()) for j, y in enumerate(outputs)], structure)
+
+
+def gradient(outputs, inputs, grad_outputs=None, retain_graph=None, create_graph=False, **options) -> tuple:
+    """torch.autograd.grad in a loss: the gradient Jᵀv of u by x, and its tangent Jᵀv̇ + ∂⟨v, u̇⟩/∂x at ẋ held fixed.
+
+    Values have a graph from where something requires grad, and so have their tangents. Without create_graph it is a constant.
+    """
+    interpreter = retrieve_current_functorch_interpreter()
+    outputs, inputs = ([t] if isinstance(t, Tensor) else list(t) for t in (outputs, inputs))
+    weights = grad_outputs if isinstance(grad_outputs, (list, tuple)) else [grad_outputs] * len(outputs)
+    for t in inputs:
+        if not bare(t).requires_grad:
+            raise NotImplementedError(NO_GRAPH.format(shape=tuple(t.shape)))
+    before = set(nodes(_functions([outputs, inputs, weights])))
+    u, x, v = ([None if t is None else bare(t) for t in tensors] for tensors in (outputs, inputs, weights))
+    u_t, x_t, v_t = ([None if t is None else _tangent(t) for t in tensors] for tensors in (outputs, inputs, weights))
+    u_t, x_t = ([None if t is None or not bare(t).requires_grad else bare(t) for t in tensors] for tensors in (u_t, x_t))
+    again = dict(create_graph=True, allow_unused=True, is_grads_batched=options.get("is_grads_batched", False))
+    with interpreter.lower():
+        found = torch.autograd.grad(u, x, v, create_graph or retain_graph, create_graph, **options)
+        terms = [(t, torch.ones_like(t) if w is None else w) for t, w in zip(u_t, v) if t is not None]
+        terms += [(t, bare(w)) for t, w in zip(u, v_t) if w is not None]
+        if not create_graph or not terms:
+            return found
+        moved = [i for i, t in enumerate(x_t) if t is not None]
+        of, along = zip(*terms)
+        by = torch.autograd.grad(of, [*x, *(x_t[i] for i in moved)], along, **again)
+        pushed = list(by[: len(x)])
+        for i, through in zip(moved, by[len(x) :]):  # ẋ may be made of x (tanh, exp), which is no part of this
+            own = None if through is None else torch.autograd.grad(x_t[i], x[i], through, **again)[0]
+            pushed[i] = pushed[i] if own is None else pushed[i] - own
+    level = interpreter.level()
+    result = tuple(None if g is None else _dual(g, t, level) for g, t in zip(found, pushed))
+    for node in nodes(_functions(result), before):
+        node.metadata["evograd"] = "right"
+    return result
+
+
+NO_GRAPH = (
+    "mixed_mode takes train_loss in forward mode, where the gradient in it by a tensor of shape {shape} has no graph: one by the "
+    "model's parameters is for evograd.baselines.unrolled; for one by what the model computes call requires_grad_() on that before "
+    "it is used, or use evograd.guided"
+)
+
+
+def tracked(x: Tensor, requires_grad: bool = True) -> Tensor:
+    """requires_grad_() in a loss, of the value that forward mode has wrapped."""
+    with retrieve_current_functorch_interpreter().lower():
+        bare(x).requires_grad_(requires_grad)
+    return x
+
+
+def is_tracked(x: Tensor) -> bool:
+    """requires_grad, as it is outside of forward mode."""
+    return bare(x).requires_grad or _tangent(x) is not None
+
+
+def hook(x: Tensor, function: Callable):
+    """register_hook in a loss. One that would change the gradient by θ is not heeded in forward mode."""
+    if _tangent(x) is not None:
+        raise NotImplementedError(
+            "mixed_mode takes train_loss in forward mode, which does not call the hooks of a tensor (register_hook), and they may "
+            "change its gradient; leave them out, or use evograd.guided, which calls them"
+        )
+    with retrieve_current_functorch_interpreter().lower():
+        return bare(x).register_hook(function)
+
+
+_apply = BackwardHook._apply_on_tensors
+
+
+def _without_hooks(hook: BackwardHook, function: Callable, args: tuple):
+    """Modules' backward hooks: as where nothing requires grad. Their function has no formula of forward mode."""
+    return (args, None) if wrapped([t for t in args if isinstance(t, Tensor)]) else _apply(hook, function, args)
+
+
+def backward(*args, **kwargs):
+    raise NotImplementedError(
+        "mixed_mode takes train_loss in forward mode, where backward() in it cannot be followed; call torch.autograd.grad, or use "
+        "evograd.guided"
+    )
 
 
 def _dual(value, tangent: Tensor | None, level: int):
@@ -617,6 +705,7 @@ ROWS = (
     Row("nn.functional.glu", glu, tangents, "its formula has no derivative in reverse mode"),
     Row("aminmax Tensor.aminmax", least_and_largest, tangents, "it writes into tensors of zeros"),
     Row("std Tensor.std std_mean", by_reverse, tangents, "its formula divides by zero where all values are equal"),
+    Row("_foreach_norm", by_reverse, tangents, "its formula keeps the dimensions that are summed over"),
     Row("lstm gru rnn_tanh rnn_relu", recurrent, wrapped, NO_FORMULA),
     Row("_pack_padded_sequence _pad_packed_sequence tensor_split Tensor.tensor_split", by_reverse, wrapped, NO_STORAGE),
     Row("Tensor.tolist", of_values, wrapped, NO_STORAGE),
@@ -667,3 +756,13 @@ WRONG_THEN_TOO = {
     if name in ("cholesky_inverse", "cholesky_solve", "triangular_solve", "logcumsumexp", "scatter_reduce")
 }
 _BY_NODE = {"".join(map(str.capitalize, name.split("_"))): (name, row) for row in ROWS for name in row.aten.split()}
+# What a loss does in reverse mode itself.
+_OF_REVERSE_MODE = {
+    torch.autograd.grad: gradient,
+    Tensor.requires_grad_: tracked,
+    Tensor.requires_grad.__set__: tracked,
+    Tensor.requires_grad.__get__: is_tracked,
+    Tensor.register_hook: hook,
+    Tensor.backward: backward,
+    torch.autograd.backward: backward,
+}

@@ -157,6 +157,8 @@ class _Pass(TorchFunctionMode):
         """The choice in bits, if it is a mask of some size without gaps."""
         if not isinstance(choice, Tensor) or choice.dtype != torch.bool or choice.numel() < 64:
             return choice
+        if choice.layout is not torch.strided:
+            return choice
         if not (choice.is_contiguous() or (choice.ndim == 4 and choice.is_contiguous(memory_format=torch.channels_last))):
             return choice
         if choice.device not in self.places:
@@ -222,12 +224,17 @@ def _described(name: str, shapes: list[tuple]) -> str:
 
 def _relu(native, input, product=torch.mul):
     on = yield lambda: (input > 0, native())
-    return product(input, on.view(torch.uint8))
+    return product(input, _numbers(on))
 
 
 def _masked(input: Tensor, mask: Tensor) -> Tensor:
     """On CPUs a select takes seven times as long as a product, and a product with a bool twice. Not for infinite inputs."""
-    return input * mask.view(torch.uint8)
+    return input * _numbers(mask)
+
+
+def _numbers(mask: Tensor) -> Tensor:
+    """0 and 1, in the mask's own memory where that can be looked at (not a nested tensor's)."""
+    return mask.view(torch.uint8) if mask.layout is torch.strided else mask.to(torch.uint8)
 
 
 def _threshold(native, input, threshold, value):

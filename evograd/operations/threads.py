@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+# Torch's random numbers and levels of forward mode are one for all threads: one estimator at a time.
+one_at_a_time = threading.RLock()
+
 
 class Shared:
     """A block that may be open several times at once, in several threads: it begins with the first and ends with the last."""

@@ -1,0 +1,181 @@
+"""Steps of training that are remembered: where they were made, by what gradients, and how to make their passes again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, CodeType, FunctionType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..operations.kinks import Kinks, OwnKinks
+from .draws import Draws
+from .problem import Problem
+from .slots import clones, write
+from .vectors import Layout, Position, Vector
+
+ALONE: list = []  # of which a mean over one process is itself
+
+
+class Kind(NamedTuple):
+    """group: of the optimizer, None where it leaves the parameter as it is.  count: its steps before the trajectory."""
+
+    group: int | None
+    count: int = 0
+    states: frozenset[str] = frozenset()
+    name: str | None = None  # of a tensor that has a bucket of its own
+
+
+class Gradients(NamedTuple):
+    """ℓ, ∂ℓ/∂λ and ∂ℓ/∂θ, the latter a flat tensor for each bucket; None where it was not taken."""
+
+    loss: Tensor
+    by_lambda: Vector.Flat
+    by_theta: list[Tensor] | None
+
+
+class Pass:
+    """One pass of a training loss, as it was made: on these batches, in these modes, with these buffers and random draws.
+
+    Called like the loss itself, in a block that holds other parameters and undoes what is done to modules.
+    """
+
+    def __init__(self, closure: Callable, model: nn.Module, draws: Draws, kinks: Kinks | OwnKinks, like: Pass | None):
+        self.func, self.kinks, self.draws = as_now(closure), kinks, draws
+        self.drawn = draws.state()
+        self.modes = [module.training for module in model.modules()]
+        self.own = [(b, 0 if b.is_inference() else b._version) for b in _buffers(model)]
+        same = like is not None and len(like.own) == len(self.own)
+        same = same and all(b is c and v == w for (b, v), (c, w) in zip(self.own, like.own))
+        self.buffers = like.buffers if same else clones([b for b, _ in self.own])
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        for module, mode in zip(model.modules(), self.modes):
+            module.training = mode
+        write(_buffers(model), self.buffers)
+        return self.func(model)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """A block that draws what it drew, and takes its kinks."""
+        with self.draws.replay(self.drawn), self.kinks.shared():
+            yield
+
+
+@dataclass
+class Step:
+    """One step of the optimizer: its passes, whose mean is the loss, and what went into the update.
+
+    t: how many steps of the trajectory came before.  kinds: by name of a parameter, what its bucket has in common, see `Kind`.
+    settings: of the optimizer's groups.  clipping: (norm, max_norm) of all gradients, if they were clipped.
+    theta, gradient, states: θ_t, ∇ℓ_t and the optimizer's state before the step, a flat tensor for each bucket of the layout;
+    None where steps are run again.
+    exact: whether its passes were made in all the digits that θ has; else gradients of candidates are not beside its own.
+    at_theta: loss and gradients at θ_t, if exact.
+    """
+
+    t: int
+    passes: list[Pass]
+    loss: Tensor
+    settings: list[dict]
+    kinds: dict[str, Kind]
+    exact: bool = True
+    clipping: tuple[Tensor, float] | None = None
+    layout: Layout | None = None
+    theta: list[Tensor] | None = None
+    gradient: list[Tensor] | None = None
+    states: list[dict] | None = None
+    at_theta: Gradients | None = None
+
+    # of a pair of candidates, see `evograd.guided.Pair`
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        return {}
+
+    @property
+    def known(self) -> Vector.Flat | None:
+        return self.at_theta and self.at_theta.by_lambda
+
+    def gradients(
+        self, problem: Problem, position: Position, mean: Callable, take: Callable[[int, Tensor], None] | None
+    ) -> tuple[Tensor, Vector.Flat]:
+        """(ℓ, ∂ℓ/∂λ), means over the passes, made again at a position; take(b, flat) gets ∂ℓ/∂θ, once for each bucket.
+
+        mean: of ∂ℓ/∂θ over processes.  take: None where it is not wanted.
+        """
+        alone = len(self.passes) == 1 and mean(ALONE) is ALONE
+        waiting: list[Tensor | None] = [None] * len(problem.layout.buckets)
+        losses, partials, share = [], [], 1 / len(self.passes)
+
+        def gathered(b: int, flat: Tensor) -> None:
+            flat = problem.layout.buckets[b].padded(flat)
+            waiting[b] = flat * share if waiting[b] is None else waiting[b].add_(flat, alpha=share)
+
+        def handed_over(b: int, flat: Tensor) -> None:
+            waiting[b] = ALONE
+            take(b, problem.layout.buckets[b].padded(flat))
+
+        position = list(position)
+        for one in self.passes:
+            problem.train_loss = one
+            with one.again():
+                if take is None:
+                    loss, direct = problem.partial(one, position)
+                else:
+                    loss, direct = problem.gradient(one, position, handed_over if alone else gathered)
+            losses.append(loss)
+            partials.append(problem.lam.flat(direct))
+        if take is not None:
+            for b, flat in enumerate(waiting if alone else mean(problem.whole(waiting))):
+                if flat is not ALONE:
+                    take(b, problem.layout.buckets[b].zeros() if flat is None else flat)
+        if len(self.passes) == 1:
+            return losses[0], partials[0]
+        weights = torch.full((len(losses),), share, dtype=torch.float64)
+        return torch.stack(losses).mean(), problem.lam.weighted_sum(weights, partials)
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    return [b for module in model.modules() for b in module._buffers.values() if b is not None]
+
+
+def as_now(function: Callable, made: dict | None = None) -> Callable:
+    """A function whose names stand for what they do now: a loop binds x and y anew, and its steps' passes are made again later.
+
+    What it reads from its own file, by cells and globals, is taken over, in functions of that file that it calls too. What an
+    object's attributes hold is not.
+    """
+    made = {} if made is None else made
+    if isinstance(function, partial):
+        return partial(as_now(function.func, made), *function.args, **function.keywords)
+    if type(function) is not FunctionType or vars(function):  # wrapped ones know more than their code
+        return function
+    if id(function) in made:
+        return made[id(function)]
+    file = function.__globals__
+    names = {name: file[name] for name in _names(function.__code__) if name in file}
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    now = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells or None)
+    now.__kwdefaults__, now.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made[id(function)] = now
+
+    def taken(value: object) -> object:
+        return as_now(value, made) if type(value) is FunctionType and value.__globals__ is file else value
+
+    names.update({name: taken(value) for name, value in names.items()}, __builtins__=file.get("__builtins__", __builtins__))
+    names.setdefault("__name__", file.get("__name__"))
+    for cell, before in zip(cells, function.__closure__ or ()):
+        try:
+            cell.cell_contents = taken(before.cell_contents)
+        except ValueError:  # it is empty
+            pass
+    return now
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
