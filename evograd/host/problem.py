@@ -26,6 +26,10 @@ from .vectors import Layout, Position, Vector
 NO_GRAPH = ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad")
 
 
+class Unsteady(RuntimeError):
+    """A loss is another one each time it is evaluated."""
+
+
 class Problem:
     """A bilevel problem min_λ ℓ_V(θ*(λ), λ) around the parameters θ of a model.
 
@@ -142,6 +146,23 @@ class Problem:
                 "tuple, a nested container or a view. Take them from the model that the loss is given, detach() what is "
                 "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
             )
+
+    def check_repeats(self) -> None:
+        """Unsteady, a RuntimeError, if a loss has another value when it is evaluated again, at θ and with the same random draws."""
+        with self.undisturbed():
+            for closure in (self.train_loss, self.val_loss):
+                state, values = self.draws.state(), []
+                for _ in range(2):
+                    with self.draws.replay(state), self.at([self.theta]):
+                        values.append(self.evaluate(closure).item())
+                one, other = values
+                if abs(one - other) > 16 * self.precision.eps * max(abs(one), abs(other)):
+                    raise Unsteady(
+                        f"{self._which(closure)} is {one!r}, and {other!r} when it is evaluated again at the same parameters, with the "
+                        "same draws of torch: it draws by another generator (NumPy's, random, a loader's iterator), or keeps "
+                        "something between calls that is no buffer of a module (a counter, a cache, a teacher that it updates). Each "
+                        "candidate would have another loss: do that outside of it"
+                    )
 
     def at(self, position: Position) -> AbstractContextManager:
         """The model at a position, which has no graph of its own."""
