@@ -25,7 +25,8 @@ from .host.stand_ins import StandIn
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
-from .ranking import BY_MATH, EXACT, MEASURES, MIXED, Comparison, Row, ranked
+from .ranking import BY_MATH, EXACT, MEASURES, MIXED, STEP, STEP_BY_PASSES, Comparison, Row, ranked
+from .trajectory import one_step
 
 Estimate = Callable[[], Hypergradient]
 
@@ -96,6 +97,7 @@ def compare(
     hyperparameters: Sequence[Tensor],
     *,
     inner_lr: float,
+    optimizer: torch.optim.Optimizer | None = None,
     parameters: Parameters = None,
     repeats: int | None = None,
     verbose: bool = True,
@@ -112,6 +114,8 @@ def compare(
     Args:
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.
         inner_lr: > 0, η of the SGD step that T1–T2 looks ahead by; the model's learning rate.
+        optimizer: the one that trains the model. All are then compared with the derivative of the step that it would make now,
+            in place of an SGD step; the rows by `Trajectory` make that step, and take it back. `parameters` are names then.
         repeats: ≥ 1, timed runs, of which time is the median and agreement the mean. Each estimator runs twice more, to count.
             Default: 3, or for small models as many as take about ten seconds, at most 30; an estimator that has taken more than
             ten seconds is not repeated.
@@ -128,13 +132,13 @@ def compare(
         check_count("repeats", repeats)
     parameters = kept(parameters)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
-    run = _Run(problem, parameters, _calls(inner_lr), _Progress(verbose))
+    run = _Run(problem, parameters, _calls(inner_lr, optimizer), _Progress(verbose))
     with torch.random.fork_rng(devices=problem.draws.cuda_devices):
         torch.manual_seed(0)
         run.check()
         plain = run.count()
         repeats, times = run.time(repeats)
-        exact = next((name for name in MEASURES if name in run.ran()), None)
+        exact = next((name for name in MEASURES[optimizer is None] if name in run.ran()), None)
         run.take_alike(exact)
     return Comparison(ranked(run.rows(times, exact)), Cost(times["plain"], *plain), exact, repeats)
 
@@ -267,9 +271,12 @@ class _Run:
 _FUSED = re.compile(r"\b_\w*attention")  # in an error of PyTorch's: the name of a fused kernel
 
 
-def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
-    """{name: (estimator, how it is called, its settings)}; T1–T2 first."""
+def _calls(inner_lr: float, optimizer: torch.optim.Optimizer | None = None) -> dict[str, tuple[Callable[..., Hypergradient], str, dict]]:
+    """{name: (estimator, how it is called, its settings)}; the measure first."""
     evograd, here = "hypergradient", dict(lookahead=None)
+    calls = {}
+    for name, by in ((STEP, "unrolled"), (STEP_BY_PASSES, "guided")) if optimizer is not None else ():
+        calls[name] = one_step, f"Trajectory(by={by!r})", dict(optimizer=optimizer, by=by)
     entries = [
         (EXACT, unrolled, "baselines.unrolled", {}),
         (MIXED, mixed_mode, "mixed_mode", {}),
@@ -282,7 +289,6 @@ def _calls(inner_lr: float) -> dict[str, tuple[Callable[..., Hypergradient], str
         ("Neumann series", neumann, "baselines.neumann", {}),
         ("conjugate gradients", conjugate_gradient, "baselines.conjugate_gradient", dict(damping=0.1)),
     ]
-    calls = {}
     for name, function, path, own in entries:
         own = own if function is conjugate_gradient else {**own, "inner_lr": inner_lr}
         calls[name] = function, f"{path}({', '.join(f'{key}={value!r}' for key, value in own.items())})", own

@@ -116,11 +116,14 @@ class Lookback:
     def weights(self) -> Tensor:
         return torch.full_like(self.losses, 1 / len(self.losses))
 
-    def numbers(self) -> Tensor:
-        """(N, 4), the gaps of the whole of θ, the last step first."""
+    def gaps_and_growth(self) -> tuple[list[Tensor], Tensor]:
+        """(how far the update was from what it should be, over what is allowed, step by step; how many times a has grown)"""
         gaps = torch.stack([gap.to(self.losses.device) for gap in self.gaps])
         self.team.again([("over_shards", gaps.numel())])
-        return self.team.over_shards(gaps.flatten()).view_as(gaps)
+        gap, step, theta, size = self.team.over_shards(gaps.flatten()).view_as(gaps).sqrt().unbind(1)
+        eps = max(torch.finfo(bucket.like.dtype).eps for bucket in self.layout.buckets)
+        allowed = (0.01 * step + 8 * eps * theta).clamp_min(torch.finfo(gap.dtype).tiny)
+        return list((gap / allowed).unbind()), size.max() / size[0]
 
     def by_setting(self) -> list[dict[str, Tensor]]:
         """For each group, (N,) or (N, 2) of each of its numbers; 0 where a step does not depend on it."""

@@ -42,6 +42,7 @@ class ByPasses:
         self.problem, self.radius = problem, radius
         self.sides = 2 if problem.precision.low else sides
         self.curvature, self.eps = None, max(problem.precision.eps, problem.lam.eps)
+        self.changes: list[Tensor] = []  # of ℓ and of ∂ℓ/∂λ from θ to its neighbours, over their sizes, step by step
 
     def __call__(self, step: Step, u: list[Tensor], whole: bool, team: processes.Alone) -> Products:
         """whole: whether ∂²ℓ/∂θ² u is wanted.  The list u may be emptied on the way."""
@@ -64,7 +65,8 @@ class ByPasses:
         def take(b: int, flat: Tensor) -> None:
             by_theta[b] = known.by_theta[b].sub_(flat).mul_(-c[k])  # in the memory of ∇ℓ_t, which has served
 
-        _, by_lambda = step.gradients(self.problem, side.position(k), team.mean, take if whole else None)
+        loss, by_lambda = step.gradients(self.problem, side.position(k), team.mean, take if whole else None)
+        self._note(step, [loss], by_lambda)
         by_lambda = self.problem.lam.weighted_sum(torch.stack([c[k], -c[k]]), [by_lambda, known.by_lambda])
         return Products(by_lambda, by_theta if whole else None)
 
@@ -80,15 +82,26 @@ class ByPasses:
                 by_theta[b] = torch.sub(by_theta[b], flat).mul_(c[0])
 
             passes = (by_theta.__setitem__, subtract) if whole else (None, None)
-            partials = [step.gradients(self.problem, pair.position(k), team.mean, passes[k])[1] for k in (0, 1)]
+            found = [step.gradients(self.problem, pair.position(k), team.mean, passes[k]) for k in (0, 1)]
+            losses, partials = zip(*found)
             lam = self.problem.lam  # e of the gradients by θ, which are many; of those by λ where there are no others
             pair.see(team.over_shards(sum(squares)) if whole else team.gather(lam.parity(*partials, step.known)))
             pair.read(torch.stack(pair.numbers).tolist())
+        self._note(step, losses, partials[0])
         if isinstance(self.radius, Radius):
             self.radius.judged(pair.curvature, self.radius.retakes > retakes, self.eps)
         if not math.isnan(pair.curvature):
             self.curvature = pair.curvature
         return Products(lam.weighted_sum(c, partials), by_theta if whole else None)
+
+    def _note(self, step: Step, losses: Sequence[Tensor], by_lambda: Vector.Flat) -> None:
+        """How far the loss and its gradient by λ are from those of the training step."""
+        if step.known is not None and by_lambda.vectors is not None and step.known.vectors is not None:
+            near, at, *_ = self.problem.lam.parity(by_lambda, step.known, None)[1:].sqrt()
+            change = (sum(losses) / len(losses) - step.loss).abs() / step.loss.abs()
+            self.changes.append(torch.stack([change.to(near), near / at]))
+        else:
+            self.changes.append(torch.zeros(2, device=step.loss.device))
 
     def _at_theta(self, step: Step, whole: bool, team: processes.Alone) -> Gradients:
         """In all digits, where the training step had few."""
@@ -100,7 +113,7 @@ class ByPasses:
 class Exactly:
     """By differentiating twice: the references, which are dearer, and which do not take every model."""
 
-    curvature = None
+    curvature, changes = None, ()
 
     def __init__(self, problem: Problem, *_):
         self.problem = problem

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from .measuring import Cost
 
 EXACT, MIXED = "T1–T2", "mixed mode"
-# Whose hypergradient is the measure: the first of these that can run. The last two are differences that tend to T1–T2.
-MEASURES = (EXACT, MIXED, "guided", "finite differences")
+STEP, STEP_BY_PASSES = "the optimizer's step", "trajectory, N = 1"
+# Whose hypergradient is the measure: the first of these that can run, without and with an optimizer. Of the former the last two
+# are differences that tend to T1–T2.
+MEASURES = {True: (EXACT, MIXED, "guided", "finite differences"), False: (STEP, STEP_BY_PASSES)}
 BY_MATH = "in sdpa_kernel(SDPBackend.MATH)"
 COSINE, FACTOR = 0.99, 2.0  # a good estimate has at least this cosine, and is not longer or shorter than by this factor
 WIDTH = 120  # of the lines below the table
@@ -54,7 +56,8 @@ def ranked(rows: Iterable[Row]) -> tuple[Row, ...]:
 @dataclass(frozen=True, repr=False)
 class Comparison:
     """rows: best choice first.  plain: cost of a training step's forward and backward pass.  exact: whose hypergradient is the
-    measure: "T1–T2", or the first that can run of "mixed mode", "guided", "finite differences"; or None.  draws: of how many,
+    measure: "T1–T2", or the first that can run of "mixed mode", "guided", "finite differences" ("the optimizer's step", "trajectory,
+    N = 1", where an optimizer was given); or None.  draws: of how many,
     at most, the agreement is the mean.
 
     str() is a table.
@@ -84,9 +87,9 @@ class Comparison:
         best = self.rows[0]
         exact = next((row for row in self.rows if row.name == self.exact), None)
         if exact is None:
-            return f"None of {', '.join(MEASURES)} could run: there is nothing to compare with, and the order says nothing."
+            return "No measure could run: there is nothing to compare with, and the order says nothing."
         if best is exact:
-            what = "exact" if self.exact in (EXACT, MIXED) else "the measure"
+            what = "exact" if self.exact in (EXACT, MIXED, STEP) else "the measure"
             return f"{best.name}, {what}, is the fastest of those that point its way."
         time, memory, *_ = _ratios(best.cost, exact.cost)
         return f"{best.name}: cosine {best.cosine:.3f} to {self.exact} at {time:.2f} of its time and {memory:.2f} of its memory"
@@ -99,7 +102,7 @@ class Comparison:
             yield f"Cosine, share of equal signs, and norm over norm: to {self.exact}, mean of {self.draws} draws at most."
         if self.exact == MIXED:
             yield "T1–T2 by double backward could not run; mixed mode after an SGD step is the same hypergradient."
-        elif self.exact and self.exact != EXACT:
+        elif self.exact in MEASURES[True][2:]:
             yield f"Nothing exact could run; the measure is {self.exact} after an SGD step, a difference that tends to T1–T2."
         if any(row.call.endswith(BY_MATH) for row in self.rows):
             yield f"{BY_MATH}: fused attention has no second derivative and no forward mode; all were compared there."

@@ -8,7 +8,8 @@ guided's pair is one nudge of Zucchet et al. (Neural Computation 2022).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from .host.checks import Closure, Parameters, check_choice, check_count, check_p
 from .host.precision import full_precision
 from .host.problem import Problem
 from .host.result import Hypergradient, check_finite, estimator
+from .host.slots import clones, write
 from .lookback import Lookback
 from .optimizers import Update, update_of
 from .products import WAYS
@@ -28,6 +30,7 @@ from .recording import Recording
 
 STRATEGIES = ("stream", "in_place")
 GROWN, CURVED = 1e3, 0.1  # how far the direction may grow on its way back, and the curvature of a pair
+ANOTHER = 0.05  # by how much a loss, and its gradient by λ, may both change to θ's neighbours
 ILL = (
     "{}: the hypergradient may be far off. Begin after a warm-up, in which Adam's second moment grows (step with the optimizer "
     "alone, or clear()), take fewer steps, a larger eps, or second_moment='frozen'"
@@ -35,7 +38,7 @@ ILL = (
 
 
 @dataclass(frozen=True)
-class Steps(Hypergradient):
+class TrajectoryHypergradient(Hypergradient):
     """What `Trajectory.hypergradient` returns: a `Hypergradient` whose `candidate_losses` are the (N,) training losses, and
 
     settings: for each of the optimizer's groups dℓ_V by its numbers (lr, weight_decay, momentum, …) at each step, (N,) each, (N, 2)
@@ -106,7 +109,7 @@ class Trajectory:
         if radius is not None and not isinstance(radius, Radius):
             check_positive("radius", radius)
         self.radius = Radius() if radius is None else radius
-        self.sides, self.by, self.strategy = sides, by, strategy
+        self.sides, self.by = sides, by
         settings = dict(
             in_place=in_place(strategy), kinks=by == "guided", elementwise=update is None, every=every, device=device
         )
@@ -130,7 +133,7 @@ class Trajectory:
         return self.recording.step(train_loss, clip_norm, scaler)
 
     @estimator
-    def hypergradient(self, val_loss: Closure, *, start: bool = False) -> Lookback:
+    def hypergradient(self, val_loss: Closure, *, start: bool = False) -> TrajectoryHypergradient:
         """dℓ_V(θ_N, λ)/dλ through all remembered steps, which are then forgotten, after an error too.
 
         start: also dℓ_V/dθ_0, for one backward pass more.
@@ -146,11 +149,8 @@ class Trajectory:
                     mixed, curved = products(step, u, start or step.t > 0, team)  # ∂²ℓ_t/∂λ∂θ u, ∂²ℓ_t/∂θ² u
                     total, a = problem.lam.add(total, mixed), added(a, curved)
                 val, total = team.total(val, problem.lam.flat([]), total)
-                ended = back.layout.named(a) if start else None
-                found = Steps(
-                    problem.grads(total), val, back.losses, back.weights, products.curvature, back.by_setting(), ended
-                )
-                return _looked_at(found, back, products)
+                own = problem.grads(total), val, back.losses, back.weights, products.curvature, back.by_setting()
+                return _looked_at(TrajectoryHypergradient(*own, back.layout.named(a) if start else None), back, products)
 
     def __len__(self) -> int:
         """How many steps are remembered."""
@@ -173,24 +173,64 @@ class Trajectory:
         return processes.team(problem, group, "batch", 2, [("mean", 0)])
 
 
+def one_step(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    by: str = "guided",
+    parameters: Parameters = None,
+) -> TrajectoryHypergradient:
+    """Through the step that the optimizer would make now. Model and optimizer are left as they were, after an error too."""
+    with _undone(model, optimizer):
+        trajectory = Trajectory(model, optimizer, hyperparameters, parameters=parameters, by=by)
+        trajectory.step(train_loss)
+        return trajectory.hypergradient(val_loss)
+
+
+@contextmanager
+def _undone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A step that is made within the block is taken back."""
+    own = [*model.parameters(), *model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    states = {p: dict(state) for p, state in optimizer.state.items()}
+    own += [s for state in states.values() for s in state.values() if isinstance(s, Tensor)]
+    values = clones(own)
+    try:
+        yield
+    finally:
+        write(own, values)
+        for p, gradient in grads:
+            p.grad = gradient
+        optimizer.state.clear()
+        optimizer.state.update(states)
+
+
 def added(a: list[Tensor], b: list[Tensor] | None) -> list[Tensor]:
     """a + b; the lists are emptied on the way."""
     return a if b is None else [a.pop(0) + b.pop(0) for _ in range(len(a))]
 
 
-def _looked_at(result: Steps, back: Lookback, products) -> Steps:
-    """The result, once it is known to be finite, and the update to be the one that was made. The one host synchronisation."""
-    gap, step, theta, size = back.numbers().sqrt().unbind(1)
-    eps = max(torch.finfo(bucket.like.dtype).eps for bucket in back.layout.buckets)
-    gaps, growth = gap / (0.01 * step + 8 * eps * theta).clamp_min(1e-300), size.max() / size[0]
+def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> TrajectoryHypergradient:
+    """The result, once it is known to be finite, and its steps to be those that were made. The one host synchronisation."""
+    gaps, growth = back.gaps_and_growth()
+    changes = [change.min() for change in products.changes]  # where both are large, there is another batch
     before = {f"train_loss of step {t}": loss for t, loss in enumerate(result.candidate_losses.unbind())}
-    *gaps, growth = check_finite(result.candidate_losses, result.val_loss, result.grads, [*gaps.unbind(), growth], before) or [
-        0.0
-    ]
-    if wrong := [len(gaps) - 1 - i for i, value in enumerate(gaps) if not value < 1]:
+    read = check_finite(result.candidate_losses, result.val_loss, result.grads, [growth, *gaps, *changes], before)
+    if not read:
+        return result
+    growth, read, n = read[0], read[1:], len(gaps)
+    if wrong := [n - 1 - i for i, value in enumerate(read[:n]) if not value < 1]:
         raise RuntimeError(
             f"step {wrong[-1]} of the trajectory did not do what the optimizer's update does: its gradients or parameters were "
             "changed on the way (a hook of the optimizer, p.data), or update= is not its update"
+        )
+    if other := [n - 1 - i for i, value in enumerate(read[n:]) if value > ANOTHER]:
+        warn(
+            f"train_loss of step {other[-1]} is another one now than it was in training: it reads what has changed since (the "
+            "attributes of an object, an iterator); bind what it needs, lambda m, x=x, y=y: …"
         )
     if growth > GROWN:
         warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))

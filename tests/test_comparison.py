@@ -1,8 +1,9 @@
 """How the agreement of two hypergradients is measured, and every estimator compared on a problem of one's own."""
 
-import re
+import copy
 import itertools
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import evograd
 from evograd import comparison, measuring
@@ -381,3 +383,32 @@ def test_a_loss_that_draws_by_torch_is_taken():
     state = torch.get_rng_state()
     evograd.check(*problem.args())
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw"])
+def test_against_the_step_of_an_optimizer(kind):
+    """Which is taken back: parameters, gradients, statistics, state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y, weights = torch.randn(16, 4), torch.randint(3, (16,)), torch.zeros(16, requires_grad=True)
+    settings = {"momentum": (torch.optim.SGD, dict(lr=0.1, momentum=0.9)), "adamw": (torch.optim.AdamW, dict(lr=0.01))}[kind]
+    optimizer = settings[0](model.parameters(), **settings[1])
+    train_loss = lambda m: (weights.exp() * F.cross_entropy(m(x), y, reduction="none")).mean()
+    for _ in range(3):
+        optimizer.zero_grad()
+        train_loss(model).backward(inputs=list(model.parameters()))
+        optimizer.step()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()]))
+    val_loss = lambda m: F.cross_entropy(m(x + 0.1), y)
+    result = evograd.compare(
+        train_loss, val_loss, model, [weights], inner_lr=settings[1]["lr"], optimizer=optimizer, repeats=1, verbose=False
+    )
+    after = model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()]
+    for a, b in zip(tree_leaves(before), tree_leaves(after), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    rows = {row.name: row for row in result.rows}
+    assert result.exact == "the optimizer's step"
+    assert rows["trajectory, N = 1"].cosine > 0.999
+    assert rows["trajectory, N = 1"].norm == pytest.approx(1, abs=0.01)
+    assert rows["T1–T2"].good is (kind == "momentum")  # one SGD step is no AdamW step
+    assert "Trajectory(by='guided')" in str(result)

@@ -18,6 +18,7 @@ from torch import nn
 
 import evograd
 from evograd import measuring
+from evograd.host.away import Away
 from evograd.optimizers import UPDATES
 
 from .forked import CONTEXT, server
@@ -440,6 +441,33 @@ def test_names_of_a_loop_are_kept_as_they_were():
             trajectory.step(ways[way])
         found[way] = trajectory.hypergradient(run.val_loss).grads
     assert all(torch.equal(a, b) for grads in found.values() for a, b in zip(grads, found["bound"]))
+
+
+def test_attributes_that_have_changed_are_noticed():
+    class Loop:
+        def loss(self, m):
+            return (self.lam[0].exp() * F.cross_entropy(m(self.x * self.lam[1]), self.y, reduction="none")).mean()
+
+    run, loop = Run("mlp", "momentum"), Loop()
+    loop.lam = run.lam
+    for sides in (1, 2):
+        trajectory = run.trajectory(0, sides=sides)
+        for loop.x, loop.y in zip(run.x[:4], run.y[:4]):
+            trajectory.step(loop.loss)
+        with pytest.warns(UserWarning, match=r"train_loss of step \d is another one now .* bind what it needs"):
+            trajectory.hypergradient(run.val_loss)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_states_in_the_hosts_memory(model, monkeypatch):
+    """As on CUDA, but for the streams."""
+    plain = Run(model, "adamw")
+    expected = plain.trajectory(4).hypergradient(plain.val_loss).grads
+    monkeypatch.setattr(Away, "of", lambda device, parameters: device and Away(torch.device("cpu")))
+    for every in (1, 3):
+        run = Run(model, "adamw")
+        trajectory = run.trajectory(4, device="cpu", every=every)
+        assert error(trajectory.hypergradient(run.val_loss).grads, expected) < 1e-8
 
 
 def test_modes_buffers_and_draws_are_those_of_the_step():

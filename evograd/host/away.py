@@ -25,7 +25,7 @@ class Away:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.devices: dict[int, list] = {}
+        self.current = None
 
     def take(self, step: Step) -> None:
         """The step's tensors to the host."""
@@ -43,9 +43,10 @@ class Away:
         if step.theta is None:
             return
         devices = [bucket.like.device for bucket in step.layout.buckets]
+        self.current = None if self.stream is None else torch.cuda.current_stream(self.stream.device)
         with torch.cuda.stream(self.stream):  # None is no stream
             if self.stream is not None:
-                self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+                self.stream.wait_stream(self.current)
             pairs = lambda flats: [moved(flat, device) for flat, device in zip(flats, devices)]
             step.theta, gradient = pairs(step.theta), pairs(step.gradient)
             if step.at_theta is not None:
@@ -64,4 +65,7 @@ class Away:
         return host
 
     def _up(self, host: Tensor, device: torch.device) -> Tensor:
-        return host.to(device, non_blocking=True)
+        tensor = host.to(device, non_blocking=True)
+        if self.stream is not None:
+            tensor.record_stream(self.current)
+        return tensor
