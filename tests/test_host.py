@@ -705,6 +705,34 @@ def test_the_state_of_what_belongs_to_lambda_is_that_before_the_call(kind, how, 
     assert relative_difference(found, expected) < 1e-10
 
 
+class Searched(nn.Module):
+    """λ is a buffer, beside BatchNorm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Linear(6, C)
+        self.register_buffer("alphas", torch.ones(6, requires_grad=True))
+
+    def forward(self, x):
+        return self.head(self.alphas.softmax(0) * torch.tanh(self.norm(self.a(x))))
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name not in ("higher", "vmap")])
+def test_lambda_may_be_a_buffer(estimator, float64):
+    """As if it were a parameter of the same values."""
+    torch.manual_seed(0)
+    model, x, y = Searched(), torch.randn(N, D), torch.randint(C, (N,))
+    other, found = copy.deepcopy(model), []
+    del other._buffers["alphas"]
+    other.alphas = nn.Parameter(torch.ones(6))
+    for m in (model, other):
+        torch.manual_seed(3)
+        args = (lambda m: F.cross_entropy(m(x), y), lambda m: F.cross_entropy(m(x + 1), y), m, [m.alphas])
+        found.append(CALLS[estimator](*args).grads)
+    assert relative_difference(*found) < 1e-12
+    assert model.alphas.requires_grad and torch.equal(model.norm.running_mean, torch.zeros(6))
+
+
 class Queue:
     def __init__(self):
         self.kept = {"scale": torch.ones(2)}
