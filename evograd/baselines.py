@@ -59,7 +59,9 @@ def unrolled(
         return plain(problem.assemble([grads]), val, first.reshape(1))
 
 
-def _by_holding(problem: Problem, inner_lr: float, n_steps: int, train_loss: Callable) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def _by_holding(
+    problem: Problem, inner_lr: float, n_steps: int, train_loss: Callable
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(ℓ_T at the first step, ℓ_V after the last, dℓ_V/dλ)"""
     theta = {name: StandIn.leaf(p) for name, p in problem.theta.items()}
     first = None

@@ -125,7 +125,8 @@ def compare(
         Comparison; print it for the table.
 
     Raises:
-        RuntimeError: no estimator could run; with the reason of the first; or a loss is refused by `check`.  ValueError, TypeError: as in `evograd.hypergradient`.
+        RuntimeError: no estimator could run, with the reason of the first; or a loss is refused by `check`.
+        ValueError, TypeError: as in `evograd.hypergradient`.
     """
     check_positive("inner_lr", inner_lr)
     if repeats is not None:
@@ -144,7 +145,12 @@ def compare(
 
 
 def check(
-    train_loss: Closure, val_loss: Closure, model: nn.Module, hyperparameters: Sequence[Tensor], *, parameters: Parameters = None
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    parameters: Parameters = None,
 ) -> None:
     """Evaluate each loss twice at θ, with the same random draws: RuntimeError where the two differ, with what to look for.
 

@@ -89,8 +89,8 @@ class Before:
         """RuntimeError for what could not be put back. places: (container, name, tensor) of a model's own tensors."""
         if self.added:
             raise RuntimeError(
-                f"a loss has added parameters to the model, {some(self.added)}, which were not there when its parameters were taken, "
-                "so that each candidate would have others; call the model once before, if it is its first call that builds them"
+                f"a loss has added parameters to the model, {some(self.added)}, which were not there when its parameters were "
+                "taken, so that each candidate would have others; call the model once before, if it is its first call that builds them"
             )
         for tensor in self.in_a_graph:
             name = next(name for _, name, own in (*self.of.plain, *places) if own is tensor)

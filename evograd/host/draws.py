@@ -44,7 +44,7 @@ def unseeded(model: nn.Module, generator: torch.Generator | None):
     with on_the_host():
         begin = torch.get_rng_state()
         marked = begin.clone()
-        marked[:8] = torch.tensor([MARK], device="cpu").view(torch.uint8)  # where the initial seed is kept, which no draw depends on
+        marked[:8] = torch.tensor([MARK], device="cpu").view(torch.uint8)  # the initial seed, which no draw depends on
         torch.set_rng_state(marked)
     try:
         yield None

@@ -148,7 +148,7 @@ class Problem:
             )
 
     def check_repeats(self) -> None:
-        """Unsteady, a RuntimeError, if a loss has another value when it is evaluated again, at θ and with the same random draws."""
+        """Unsteady, a RuntimeError, if a loss has another value when it is evaluated again, at θ with the same draws."""
         with self.undisturbed():
             for closure in (self.train_loss, self.val_loss):
                 state, values = self.draws.state(), []
@@ -158,10 +158,10 @@ class Problem:
                 one, other = values
                 if abs(one - other) > 16 * self.precision.eps * max(abs(one), abs(other)):
                     raise Unsteady(
-                        f"{self._which(closure)} is {one!r}, and {other!r} when it is evaluated again at the same parameters, with the "
-                        "same draws of torch: it draws by another generator (NumPy's, random, a loader's iterator), or keeps "
-                        "something between calls that is no buffer of a module (a counter, a cache, a teacher that it updates). Each "
-                        "candidate would have another loss: do that outside of it"
+                        f"{self._which(closure)} is {one!r}, and {other!r} when it is evaluated again at the same parameters, with "
+                        "the same draws of torch: it draws by another generator (NumPy's, random, a loader's iterator), or keeps "
+                        "something between calls that is no buffer of a module (a counter, a cache, a teacher that it updates). "
+                        "Each candidate would have another loss: do that outside of it"
                     )
 
     def at(self, position: Position) -> AbstractContextManager:
@@ -312,11 +312,13 @@ class Problem:
                     h.data = here
             if self.sharding:
                 self.sharding.copy_flags()
-        self.slots.check_written([self.own[n] for n, version in versions.items() if self.own[n]._version != version], changed=True)
+        written = [self.own[name] for name, version in versions.items() if self.own[name]._version != version]
+        self.slots.check_written(written, changed=True)
         if written := [name for name, version in beside.items() if self.reach.tensors[name]._version != version]:
             raise RuntimeError(
-                f"a loss has written into {some(written)}, which it reaches beside the model, so that each evaluation sees what "
-                "another has left there; do that outside of the losses, or make it a buffer of a module, which each has a copy of"
+                f"a loss has written into {some(written)}, which it reaches beside the model, so that each evaluation sees "
+                "what another has left there; do that outside of the losses, or make it a buffer of a module, of which each has "
+                "a copy"
             )
 
 

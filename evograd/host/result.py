@@ -21,8 +21,8 @@ UNRESOLVED = (
     "sigma), losses and hyperparameters in more digits, or evograd.mixed_mode, which takes no difference, resolve it"
 )
 FLUSHED = (
-    "hyperparameters[{i}] is float16, which has few numbers or none of the size of its gradient (at most {value:.2g}): keep it in "
-    "float32, or scale val_loss"
+    "hyperparameters[{i}] is float16, which has few numbers or none of the size of its gradient (at most {value:.2g}): keep it "
+    "in float32, or scale val_loss"
 )
 _resolved = WeakTensorKeyDictionary()  # λ: settings with which it has been seen resolved
 

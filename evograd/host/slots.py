@@ -127,8 +127,9 @@ class Slots:
         """RuntimeError if a loss has written into parameters, or into what stands in their places."""
         if parameters:
             found = {id(p) for p in parameters}
+            names = some(name for name, p in self.parameters.items() if id(p) in found)
             raise RuntimeError(
-                f"a loss has written into the model's parameters {some(n for n, p in self.parameters.items() if id(p) in found)}"
+                f"a loss has written into the model's parameters {names}"
                 + (": the model is changed" if changed else ", and so into those of the candidate that it is for")
                 + ". Do that outside of the losses, or make them buffers, of which each candidate has a copy"
             )

@@ -30,8 +30,8 @@ def by_higher(
     model, val_loss, own = problem.model, problem.val_loss, problem.own
     if hooked := [repr(name) for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]:
         raise NotImplementedError(
-            f"engine='higher' calls no hooks, and {hooked[0]} has one (torch.nn.utils.weight_norm or prune, say, whose weight it "
-            "would not make anew); use engine='functional'"
+            f"engine='higher' calls no hooks, and {hooked[0]} has one (torch.nn.utils.weight_norm or prune, say, whose weight "
+            "it would not make anew); use engine='functional'"
         )
     optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
     optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
@@ -70,8 +70,8 @@ def _standing_in(problem: Problem, functional: nn.Module):
     def called(module, *args, **settings):
         if module in here:
             raise NotImplementedError(
-                "engine='higher' with functional_call in a loss: on its copy of the model other parameters than those given would "
-                "be taken; use engine='functional'"
+                "engine='higher' with functional_call in a loss: on its copy of the model other parameters than those given "
+                "would be taken; use engine='functional'"
             )
         return _functional_call(module, *args, **settings)
 
