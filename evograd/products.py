@@ -113,7 +113,7 @@ class ByPasses:
 class Exactly:
     """By differentiating twice: the references, which are dearer, and which do not take every model."""
 
-    curvature, changes = None, ()
+    curvature, changes, eps = None, (), 0.0
 
     def __init__(self, problem: Problem, *_):
         self.problem = problem

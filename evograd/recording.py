@@ -75,7 +75,7 @@ class Recording:
         self.optimizer.zero_grad()
         precision = Precision(list(self.parameters.values()), self.trained)
         digits = precision.eps
-        with torch.enable_grad(), precision.watched():
+        with precision.watched():
             passes, loss, direct = self._passes(closures, scaler)
         if scaler is not None:
             scaler.unscale_(self.optimizer)

@@ -21,11 +21,12 @@ from .host.checks import Closure, Parameters, check_choice, check_count, check_p
 from .host.precision import full_precision
 from .host.problem import Problem
 from .host.result import Hypergradient, check_finite, estimator
+from .host.sharded import local
 from .host.slots import clones, write
 from .lookback import Lookback
 from .optimizers import Update, update_of
 from .products import WAYS
-from .radius import Radius
+from .radius import Radius, target
 from .recording import Recording
 
 STRATEGIES = ("stream", "in_place")
@@ -33,7 +34,7 @@ GROWN, CURVED = 1e3, 0.1  # how far the direction may grow on its way back, and 
 ANOTHER = 0.05  # by how much a loss, and its gradient by λ, may both change to θ's neighbours
 ILL = (
     "{}: the hypergradient may be far off. Begin after a warm-up, in which Adam's second moment grows (step with the optimizer "
-    "alone, or clear()), take fewer steps, a larger eps, or second_moment='frozen'"
+    "alone, or clear()), take fewer steps, or a larger eps"
 )
 
 
@@ -73,8 +74,7 @@ class Trajectory:
         sides: passes for each step back: 1, beside the gradients of the training step itself, with a pair now and then that shows
             the radius; or 2, a central difference, for a third more.
         radius: r > 0, or a `Radius` that several trajectories share. Default: one of its own, which each call carries on.
-        second_moment: "frozen" holds √v of Adam, AdamW, RMSprop and Adagrad constant in the product, which is well conditioned
-            where its derivative is not (first steps, tiny gradients).
+        second_moment: "frozen" holds √v of Adam, AdamW, RMSprop and Adagrad constant in the product.
         update: (θ, g, state, settings) -> (θ', state'), the step of an optimizer that is not known, for each tensor.
         by: "guided", passes; "mixed_mode", forward mode; "unrolled", double backward: the last two are exact, and references.
         every: k keeps each k-th state alone, and runs the steps between again: three plain steps a step, 2√N states for k = √N.
@@ -118,6 +118,7 @@ class Trajectory:
         if by != "guided" and self.recording.sharding is not None:
             refuse_sharded(self.recording.parameters)
 
+    @estimator
     def step(self, train_loss: Closure | Sequence[Closure], *, clip_norm: float | None = None, scaler=None) -> Tensor:
         """One training step, bit for bit that of zero_grad(), backward(), optimizer.step(); -> the loss, (), without a graph.
 
@@ -197,6 +198,7 @@ def _undone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None
     grads = [(p, p.grad) for p in model.parameters()]
     states = {p: dict(state) for p, state in optimizer.state.items()}
     own += [s for state in states.values() for s in state.values() if isinstance(s, Tensor)]
+    own = [local(t) for t in own]
     values = clones(own)
     try:
         yield
@@ -234,6 +236,6 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
         )
     if growth > GROWN:
         warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))
-    elif products.curvature is not None and products.curvature > CURVED:
+    elif products.curvature is not None and products.curvature > max(CURVED, 2 * target(products.eps)):
         warn(ILL.format(f"the curvature of pairs is {products.curvature:.2g} at every radius (0.01 is right in float32)"))
     return result

@@ -145,3 +145,21 @@ def test_the_shell_script_runs_every_example_with_every_seed():
     ).stdout.splitlines()
     found = [re.search(r"resources\.examples\.(\w+) --seed (\d) .* --steps 7$", line).groups() for line in printed]
     assert sorted(found) == sorted((e, s) for e in ("data_mixture", "loss_weights", "augmentation") for s in "123")
+
+
+def test_fsdp2_in_two_processes_is_that_of_one(tmp_path):
+    found = {}
+    for size in (1, 2):
+        ends = run(tmp_path, sharded_loop, size=size)
+        assert [end["code"] for end in ends] == [0] * size, ends[0]["err"]
+        assert "step 20: loss" in ends[0]["out"]
+        found[size] = [end["result"] for end in ends]
+    for weights in found[2]:
+        assert torch.allclose(weights, found[1][0], atol=2e-3)
+    assert found[1][0].abs().max() > 0.1
+
+
+def sharded_loop(rank):
+    from resources.examples import fsdp2
+
+    return fsdp2.main()
