@@ -14,7 +14,8 @@ from .host.checks import Closure, Parameters, check_count, check_positive
 from .host.gathering import partial
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, plain
-from .host.slots import own_cache
+from .host.stand_ins import StandIn
+from .host.with_higher import by_higher
 from .operations.forward_mode import nodes, scripted
 from .operations.threads import Shared, replaced
 
@@ -53,72 +54,29 @@ def unrolled(
         raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     with problem.undisturbed(), twice_differentiable():
-        first, val, grads = (_by_higher if engine == "higher" else _by_holding)(problem, inner_lr, n_steps)
+        by = by_higher if engine == "higher" else _by_holding
+        first, val, grads = by(problem, inner_lr, n_steps, training_loss)
         return plain(problem.assemble([grads]), val, first.reshape(1))
 
 
-def _by_holding(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+def _by_holding(
+    problem: Problem, inner_lr: float, n_steps: int, train_loss: Callable
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """(ℓ_T at the first step, ℓ_V after the last, dℓ_V/dλ)"""
-    theta = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+    theta = {name: StandIn.leaf(p) for name, p in problem.theta.items()}
     first = None
     for _ in range(n_steps):
         with problem.holding(theta):
-            loss = training_loss(problem)
+            loss = train_loss(problem)
             first = loss.detach() if first is None else first
+            grads = [None] * len(theta)
             if loss.requires_grad:
                 grads = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
-                steps = zip(theta.items(), grads)
-                theta = {name: p if g is None else torch.add(p, g, alpha=-inner_lr) for (name, p), g in steps}
+        steps = zip(theta.items(), grads)
+        theta = {name: p if g is None else torch.add(p, g.to(p), alpha=-inner_lr) for (name, p), g in steps}
     with problem.holding(theta):
         val = problem.evaluate(problem.val_loss)
         return first, val.detach(), partial(val, problem.hyperparameters)
-
-
-def _by_higher(problem: Problem, inner_lr: float, n_steps: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The same, made with `higher`."""
-    try:
-        import higher  # here, so that EvoGrad itself does not need it
-    except ImportError as error:
-        raise ImportError(
-            "engine='higher' makes its steps with the package higher, which is not installed: "
-            "pip install 'evograd-hypergradients[baselines]', or pip install higher; engine='functional' needs none"
-        ) from error
-
-    model, val_loss, own = problem.model, problem.val_loss, problem.own
-    if hooked := [repr(name) for name, module in model.named_modules() if module._forward_pre_hooks]:
-        raise NotImplementedError(
-            f"engine='higher' calls no hooks, and {hooked[0]} has one that runs before it (torch.nn.utils.weight_norm or prune, "
-            "say), whose weight it would not make anew; use engine='functional'"
-        )
-    optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
-    optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (functional, inner_optimizer):
-            start = {**own, **problem.fixed, **{name: p.clone().requires_grad_() for name, p in problem.theta.items()}}
-            functional.update_params([start[name] for name in own])
-            first = None
-            for _ in range(n_steps):
-                with own_cache():
-                    loss = training_loss(problem, functional)
-                _set_modes(functional, modes)
-                first = loss.detach() if first is None else first
-                if loss.requires_grad:
-                    inner_optimizer.step(loss)
-                # As in the other estimators, statistics that BatchNorm gathers on the way are thrown away.
-                higher.patch.buffer_sync(model, functional)
-            with own_cache():
-                val = problem.scalar(val_loss, val_loss(functional))
-            return first, val.detach(), partial(val, problem.hyperparameters)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _set_modes(functional: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    """A closure's modes are its own: the next one does not see them."""
-    for module, (_, mode) in zip(functional.modules(), modes):
-        module.training = mode
 
 
 def finite_difference(
@@ -245,7 +203,7 @@ def _implicit(
         layout = problem.layout
         val, direct, flats = problem.val_gradient([problem.theta])
         gradient = list(layout.named(flats).values())
-        leaves = {name: problem.theta[name].detach().requires_grad_() for bucket in layout.buckets for name in bucket.names}
+        leaves = {name: StandIn.leaf(problem.theta[name]) for bucket in layout.buckets for name in bucket.names}
         theta = list(leaves.values())
         with problem.holding(leaves):
             loss = training_loss(problem)
@@ -335,10 +293,3 @@ def training_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(a, b)]).sum()
-
-
-class _Uncopied(list):
-    """`higher` makes a deep copy of the optimizer's parameters, only to throw it away; spare the baseline that memory."""
-
-    def __deepcopy__(self, memo):
-        return list(self)

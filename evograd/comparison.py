@@ -19,8 +19,9 @@ from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .guided import guided
 from .host.checks import Closure, Parameters, check_count, check_positive, checked_hyperparameters, kept
 from .host.gathering import partial as partial_derivatives
-from .host.problem import Problem
+from .host.problem import Problem, Unsteady
 from .host.result import Hypergradient
+from .host.stand_ins import StandIn
 from .hypergradient import hypergradient
 from .measuring import Cost
 from .mixed_mode import mixed_mode
@@ -124,7 +125,8 @@ def compare(
         Comparison; print it for the table.
 
     Raises:
-        RuntimeError: no estimator could run; with the reason of the first.  ValueError, TypeError: as in `evograd.hypergradient`.
+        RuntimeError: no estimator could run, with the reason of the first; or a loss is refused by `check`.
+        ValueError, TypeError: as in `evograd.hypergradient`.
     """
     check_positive("inner_lr", inner_lr)
     if repeats is not None:
@@ -134,11 +136,28 @@ def compare(
     run = _Run(problem, parameters, _calls(inner_lr, optimizer), _Progress(verbose))
     with torch.random.fork_rng(devices=problem.draws.cuda_devices):
         torch.manual_seed(0)
+        run.check()
         plain = run.count()
         repeats, times = run.time(repeats)
         exact = next((name for name in MEASURES[optimizer is None] if name in run.ran()), None)
         run.take_alike(exact)
     return Comparison(ranked(run.rows(times, exact)), Cost(times["plain"], *plain), exact, repeats)
+
+
+def check(
+    train_loss: Closure,
+    val_loss: Closure,
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    *,
+    parameters: Parameters = None,
+) -> None:
+    """Evaluate each loss twice at θ, with the same random draws: RuntimeError where the two differ, with what to look for.
+
+    Such a loss is another one for each candidate of an estimator, which then is wrong without a word. Args as in
+    `evograd.hypergradient`; the model is left as it was.
+    """
+    Problem(train_loss, val_loss, model, hyperparameters, kept(parameters), None).check_repeats()
 
 
 class _Run:
@@ -159,10 +178,18 @@ class _Run:
     def ran(self) -> list[str]:
         return [name for name in self.counted if name not in self.reasons]
 
+    def check(self) -> None:
+        try:
+            self.problem.check_repeats()
+        except Unsteady:
+            raise
+        except Exception:  # whatever else a loss cannot do is a line of the table
+            return
+
     def plain(self) -> None:
         """Forward and backward pass of a training step."""
         problem = self.problem
-        leaves = {name: p.detach().requires_grad_() for name, p in problem.theta.items()}
+        leaves = {name: StandIn.leaf(p) for name, p in problem.theta.items()}
         with problem.undisturbed(), problem.holding(leaves):
             partial_derivatives(problem.evaluate(problem.train_loss), list(leaves.values()))
 

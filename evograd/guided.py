@@ -21,7 +21,7 @@ from .host.draws import Occasions
 from .host.precision import Precision
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, looked_at
-from .host.vectors import Position, Vector, norm
+from .host.vectors import Position, Vector, norm, norms
 from .operations.kinks import Kinks, OwnKinks
 from .radius import RETAKES, Radius, better, is_found, start
 
@@ -79,9 +79,9 @@ def guided(
         ValueError, TypeError, RuntimeError: as in `evograd.hypergradient`; also a radius that the losses' precision does not
             resolve, and kinks of another pass. A warning tells where no radius resolves the difference.
 
-    What train_loss detaches, and depends on θ, is a constant to T1–T2 but differs between candidates: compute it once, at θ, and
-    hand it to all of them (the input of label noise's weight net, that of MetaXL's transformation). Straight-through and commitment
-    terms cannot: for these take `evograd.mixed_mode`.
+    What train_loss detaches, or computes under torch.no_grad, is a constant to T1–T2 but differs between candidates where it
+    depends on θ: compute it once, at θ, and hand it to all (the input of label noise's weight net, of MetaXL's transformation).
+    Straight-through and commitment terms cannot: for these take `evograd.mixed_mode`.
     """
     _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters, in_place(strategy), strategy == "retain")
@@ -172,7 +172,7 @@ def pairs(
         last = fixed is not None or again == RETAKES
         pair = Pair(problem, at_theta, direction, size, fixed or relative * scale, fixed, last)
         yield pair
-        if pair.found or last or math.isnan(pair.apart):
+        if pair.found or pair.last or math.isnan(pair.apart):
             break
         seen = relative, pair.curvature
         relative, before = better(*seen, pair.apart, pair.eps, before), seen
@@ -191,7 +191,7 @@ def measured(problem: Problem, direction: Sequence[Tensor], team: processes.Alon
     layout = problem.layout
     views = [view for bucket, flat in zip(layout.buckets, direction) for view in bucket.views(flat)]
     like = views[0].new_empty((), dtype=torch.promote_types(views[0].dtype, torch.float32))
-    of_v, of_theta = (torch.stack([n.to(like) for n in torch._foreach_norm(tensors)]) for tensors in (views, layout.tensors))
+    of_v, of_theta = (torch.stack([n.to(like) for n in norms(tensors)]) for tensors in (views, layout.tensors))
     part = of_v.square()
     there = part * (of_theta > 0)  # of the norm of a tensor of zeros nothing is learned
     logs = there * of_theta.log().nan_to_num_(neginf=0)
@@ -236,7 +236,8 @@ class Pair:
                 flat = self.place.displacement(bucket).mul_(self.held * sign)
             else:
                 flat, direction = bucket.empty(), self.direction[b]
-                torch.mul(direction, (sign * self.step).to(direction), out=flat[: direction.numel()])
+                precise = torch.promote_types(direction.dtype, torch.float32)  # a step in float16 may be zero
+                torch.mul(direction.to(precise), (sign * self.step).to(precise), out=flat[: direction.numel()])
                 if self.once or self.place is not None:
                     self.direction[b] = direction = None
             yield bucket.moved(flat)
@@ -263,6 +264,7 @@ class Pair:
         """The same, where the host has them."""
         if values:
             self.curvature, self.apart = values[0], values[1] / self.eps if values[2] > 0 else math.inf
+            self.last |= math.isnan(self.apart)  # of zeros nothing is learned
 
     @property
     def eps(self) -> float:

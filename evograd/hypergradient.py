@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .evaluation import STRATEGIES, evaluation_by, in_place
 from .host import processes
 from .host.checks import Closure, Parameters, check_choice, check_count, check_differences, check_positive
+from .host.draws import unseeded
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, looked_at
 from .noise import NOISES, NoiseFunction, Perturbed, SeededNoise
@@ -101,8 +102,8 @@ def hypergradient(
     scale = 1 if inner_lr is None else inner_lr / inner_learning_rate(n_candidates, sigma, temperature)
 
     sharing = processes.team(problem, group, share, n_candidates, [("gather", n_candidates), ("slopes", n_candidates)])
-    with problem.undisturbed(), problem.precision.watched(), sharing as team:
-        epsilon = SeededNoise(noise, problem.layout, n_candidates, generator, problem.shard)
+    with problem.undisturbed(), problem.precision.watched(), sharing as team, unseeded(model, generator) as seeds:
+        epsilon = SeededNoise(noise, problem.layout, n_candidates, seeds, problem.shard)
         occasions = team.occasions(lambda: epsilon.first)
 
         candidates = Perturbed(epsilon, sigma, common_random_numbers)  # 1. perturb: θ_k = θ + σ ε_k

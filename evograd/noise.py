@@ -183,7 +183,8 @@ class Perturbed:
         """⟨G, ε_k⟩ in the terms of one bucket."""
         for part, noise in self.epsilon.pieces(k, b):
             piece = gradient[part]
-            yield torch.dot(piece, noise[: len(piece)])
+            precise = torch.promote_types(piece.dtype, torch.float32)  # a sum in float16 may overflow
+            yield torch.dot(piece.to(precise), noise[: len(piece)].to(precise))
 
     def read(self, values: Sequence[float]) -> None:
         pass

@@ -1,9 +1,12 @@
 """How the agreement of two hypergradients is measured, and every estimator compared on a problem of one's own."""
 
 import copy
+import itertools
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -352,6 +355,34 @@ def test_the_shown_comparisons_are_made_by_a_command(known_seconds, tmp_path, ca
     for name in comparisons.PROBLEMS:
         block = shown.split(f"<!-- compare:{name} -->")[1].split("<!-- /compare -->")[0]
         assert all(call in block for _, call, _ in comparison._calls(0.1).values())  # of this version, no line left out
+
+
+@pytest.mark.parametrize("call", [evograd.check, lambda *a: evograd.compare(*a, inner_lr=0.1, repeats=1, verbose=False)])
+@pytest.mark.parametrize("which", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("how", ["NumPy", "random", "an iterator", "a counter", "a teacher"])
+def test_a_loss_that_is_another_one_when_it_is_called_again_is_refused(how, which, call):
+    """At one place, with torch's draws alike."""
+    problem = bilevel("mlp")
+    calls, batches, teacher = [], itertools.cycle([1.0, 2.0, 3.0]), torch.zeros(2)
+    draws = {
+        "NumPy": np.random.RandomState(0).rand,
+        "random": random.Random(0).random,
+        "an iterator": lambda: next(batches),
+        "a counter": lambda: calls.append(1) or len(calls),
+        "a teacher": lambda: float(teacher.data.add_(0.5).sum()),
+    }
+    losses = {"train_loss": problem.train_loss, "val_loss": problem.val_loss}
+    plain = losses[which]
+    losses[which] = lambda m: plain(m) * draws[how]()
+    with pytest.raises(RuntimeError, match=f"{which} is .*, and .* when it is evaluated again at the same parameters.*NumPy"):
+        call(*losses.values(), problem.model, problem.hyperparameters)
+
+
+def test_a_loss_that_draws_by_torch_is_taken():
+    problem = bilevel("dropout")
+    state = torch.get_rng_state()
+    evograd.check(*problem.args())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])

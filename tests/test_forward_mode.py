@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 import evograd
 from evograd.operations.forward_mode import ROWS, directional, explained
@@ -566,7 +567,7 @@ class Clipped(nn.Linear):
 def test_what_cannot_be_taken_in_forward_mode_is_one_sentence(between, words, float64):
     x, y, lam = torch.randn(6, 5), torch.randint(3, (6,)), torch.rand(6, requires_grad=True)
     loss = classification(x, y)
-    args = (lambda m: loss(m, lam), lambda m: m(x).square().mean(), Applied(between), [lam])
+    args = (lambda m: loss(m, lam), lambda m: m.head(m.features(x)).square().mean(), Applied(between), [lam])
     with pytest.raises(NotImplementedError, match=f"forward mode.*{words}.*evograd.guided") as refused:
         evograd.mixed_mode(*args, inner_lr=0.1, lookahead=None)
     assert isinstance(refused.value.__cause__, RuntimeError)
@@ -585,6 +586,136 @@ def test_errors_of_the_loss_are_its_own(float64):
         with pytest.raises(type(error), match="of the user's") as raised:
             evograd.mixed_mode(train_loss, lambda m: m(x).square().mean(), nn.Linear(5, 1), [lam], inner_lr=0.1)
         assert raised.value is error
+
+
+# --- what is computed without gradients ---------------------------------------------------------------------------------
+
+
+class EnablesWithin(torch.autograd.Function):
+    """Its forward pass, for which PyTorch has gradients off by itself, switches them on and off again."""
+
+    @staticmethod
+    def forward(x):
+        with torch.enable_grad():
+            return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos()
+
+
+def switched_off(h):
+    torch.set_grad_enabled(False)
+    h = h.sin()
+    torch.set_grad_enabled(True)
+    return h
+
+
+def within(block, operation=torch.sin):
+    def run(h):
+        with block():
+            return operation(h)
+
+    return run
+
+
+def in_turns(h):
+    with torch.no_grad():
+        first = h.sin()
+        with torch.enable_grad():
+            second = h.cos()
+        return first + second + h.exp()
+
+
+def out_of_inference(h):
+    with torch.inference_mode():
+        first = h.sin()
+        with torch.inference_mode(False):
+            second = h.cos()
+    return first.clone() + second
+
+
+def in_a_hook(h):
+    layer, seen = nn.Identity(), []
+    layer.register_forward_hook(torch.no_grad()(lambda module, inputs, output: seen.append(output.sin())))
+    return layer(h) + seen[0]
+
+
+def after_a_backward_pass(h):
+    """Of something else, whose hook finds gradients off, as PyTorch has them there, and leaves them so."""
+    z = torch.ones(3, requires_grad=True)
+    z.register_hook(torch.no_grad()(lambda gradient: 2 * gradient))
+    torch.autograd.grad(z.sum(), z)
+    return h.sin()
+
+
+def scripted(h):
+    """Made here, and not before: with TorchScript in the process more is looked at in all of it."""
+    return torch.jit.script(nn.Tanh())(h)
+
+
+CONSTANT = {  # of a hidden layer: all of it is a constant, or a part
+    "no_grad": within(torch.no_grad),
+    "decorated": torch.no_grad()(torch.sin),
+    "set_grad_enabled": within(lambda: torch.set_grad_enabled(False)),
+    "for good": switched_off,
+    "inference_mode": lambda h: within(torch.inference_mode)(h).clone(),
+    "inference_mode, decorated": lambda h: torch.inference_mode()(torch.sin)(h).clone(),
+    "inference_mode, a layer": lambda h: within(torch.inference_mode, lambda h: F.linear(h[:, :6], h.T))(h).clone(),
+    "in turns": in_turns,
+    "out of inference mode": out_of_inference,
+    "TorchScript": within(torch.no_grad, scripted),
+    "after TorchScript": lambda h: scripted(h) + within(torch.no_grad)(h),
+    "a function with a jvp": within(torch.no_grad, EnablesWithin.apply),
+    "after a function that enables": lambda h: scripted(EnablesWithin.apply(h)) + within(torch.no_grad)(h) + h.cos(),
+    "in a hook": in_a_hook,
+    "after a backward pass": after_a_backward_pass,
+    "checkpointed": lambda h: checkpoint(within(torch.no_grad), h, use_reentrant=False) + h,
+    "checkpointed, reentrant": lambda h: checkpoint(within(torch.no_grad), h, use_reentrant=True) + h,
+    "compiled": within(torch.no_grad, torch.compile(torch.sin, backend="eager")),
+    "get_total_norm": lambda h: nn.utils.get_total_norm(list(h)) * h,
+    "layer_norm": within(torch.no_grad, lambda h: F.layer_norm(h, [8])),
+    "rows of the table": within(torch.no_grad, lambda h: F.dropout(h, 0.3) + h.cumprod(1) + h.logcumsumexp(1)),
+}
+
+
+@pytest.mark.parametrize("how", CONSTANT)
+def test_what_is_computed_without_gradients_is_a_constant(how, float64):
+    """As it is to double backward: an input of a weight net, say."""
+    if how == "get_total_norm" and not hasattr(nn.utils, "get_total_norm"):
+        pytest.skip("of a later torch")
+    x, y, model = torch.randn(6, 5), torch.randint(3, (6,)), Applied(nn.Tanh())
+
+    def loss(m, lam):
+        h = m.features(x * lam[:, None])
+        losses = F.cross_entropy(m.head(torch.tanh(h)), y, reduction="none")
+        return (lam * CONSTANT[how](h).mean(1).sigmoid() * losses).mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Dynamo's
+        assert difference(loss, model, x) < 1e-10
+    assert torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled()
+    with torch.inference_mode():
+        assert torch.ones(1).sin().is_inference()
+
+
+def test_a_weight_decay_without_gradients_is_none(float64):
+    x, lam = torch.randn(6, 5), torch.tensor(-1.0, requires_grad=True)
+
+    def loss(m):
+        return m(x).square().mean() + lam.exp() * torch.no_grad()(lambda: sum(p.square().sum() for p in m.parameters()))()
+
+    with pytest.raises(RuntimeError, match="does not depend on it"):
+        evograd.mixed_mode(loss, lambda m: m(x).mean(), nn.Linear(5, 1), [lam], inner_lr=0.1)
 
 
 # --- singular points ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import pytest
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
@@ -126,7 +127,6 @@ def t1_t2(problem, forward):
 
 NOT_TAKEN = {  # and why
     ("vmap", "spectral_norm"), ("vmap", "by_hooks"),  # in place on what is not batched; no batching rule
-    ("mixed_mode", "spectral_norm"), ("mixed_mode", "by_hooks"),  # no forward-mode formula
     ("higher", "twice"), ("higher", "twice_tied"), ("higher", "sibling"), ("higher", "containers"),  # copies know one name
     ("higher", "parametrized"), ("higher", "spectral_norm"), ("higher", "by_hooks"),
 }  # fmt: skip
@@ -318,6 +318,93 @@ def test_a_cache_of_parametrizations_is_of_one_evaluation(estimator, float64):
     assert relative_difference(grads, expected) < 1e-12
 
 
+class Growing(nn.Module):
+    """At its first call it adds something to itself or to its parts, and takes note of that."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.a, self.head, self.parts = nn.Linear(D, 6), nn.Linear(6, C), nn.ModuleList()
+        self.what, self.built = what, False
+        self.register_buffer("later", None)
+
+    def forward(self, x):
+        if not self.built:
+            GROWTH[self.what](self)
+            self.built = True
+        h = self.a(x)
+        for part in self.parts:
+            h = part(h)
+        return self.head(self.act(h) if hasattr(self, "act") else h) + (0 if self.later is None else self.later)
+
+
+class Grown(Growing):
+    pass
+
+
+GROWTH = {
+    "hook": lambda m: m.a.register_forward_hook(lambda module, inputs, output: output.sin()),
+    "pre-hook": lambda m: m.a.register_forward_pre_hook(lambda module, inputs: (inputs[0].sin(),)),
+    "hook of a state": lambda m: m.a.register_state_dict_post_hook(lambda *_: None),
+    "submodule": lambda m: m.add_module("act", nn.Tanh()),
+    "in a list": lambda m: m.parts.append(nn.Tanh()),
+    "buffer": lambda m: m.a.register_buffer("made", torch.ones(3), persistent=False),
+    "buffer that was None": lambda m: setattr(m, "later", torch.tensor([1.0, 2.0, 3.0])),
+    "class": lambda m: setattr(m, "__class__", Grown),
+}
+PARAMETERS = {
+    "layer": lambda m: m.parts.append(nn.Linear(6, 6)),
+    "parameter": lambda m: setattr(m, "later_scale", nn.Parameter(torch.ones(3))),
+    "of a part": lambda m: m.a.register_parameter("scale", nn.Parameter(torch.ones(6), requires_grad=False)),
+}
+GROWTH |= PARAMETERS
+CALLS = {**ESTIMATORS, "in_place": lambda *a, **k: estimate(*a, noise="guided", strategy="in_place", inner_lr=ETA, **k)}
+
+
+def registered(model):
+    """All that can be added to a module, without the note of it."""
+    kinds = [(name, type(m)) for name, m in model.named_modules()]
+    return kinds, [*dict(model.named_buffers())], [len(v) for m in model.modules() for k, v in vars(m).items() if "hooks" in k]
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name != "higher"])
+@pytest.mark.parametrize("what", [what for what in GROWTH if what not in PARAMETERS])
+def test_what_a_first_call_adds_is_taken_back(what, estimator, float64):
+    """The value is that of a model that was called before, and the user's first call is still to come."""
+    found = []
+    for called in (True, False):
+        torch.manual_seed(0)
+        problem = problem_of(Growing(what), "losses")
+        if called:
+            problem.train_loss(problem.model)
+        before = registered(problem.model)
+        for _ in range(2):
+            torch.manual_seed(3)
+            found.append(CALLS[estimator](*problem.args()).grads)
+        assert registered(problem.model) == before and problem.model.built == called
+    assert all(relative_difference(other, found[0]) < 1e-12 for other in found[1:])
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name not in ("higher", "vmap")])
+@pytest.mark.parametrize("what", PARAMETERS)
+def test_parameters_that_a_first_call_adds_are_named(what, estimator, float64):
+    problem = problem_of(Growing(what), "losses")
+    before = registered(problem.model)
+    with pytest.raises(RuntimeError, match=r"a loss has added parameters to the model, '.*call the model once before"):
+        CALLS[estimator](*problem.args())
+    assert registered(problem.model) == before and not problem.model.built
+    problem.train_loss(problem.model)
+    CALLS[estimator](*problem.args())
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(6), nn.LazyBatchNorm1d(affine=False)])
+def test_a_lazy_module_has_to_be_called_once_before(lazy):
+    problem = problem_of(nn.Sequential(nn.Linear(D, 6), lazy, nn.Linear(6, C)), "losses")
+    with pytest.raises(ValueError, match="model: '(weight|running_mean)' of a lazy module is not there yet; call the model once"):
+        evograd.hypergradient(*problem.args())
+    problem.train_loss(problem.model)
+    evograd.hypergradient(*problem.args())
+
+
 class Remembering(nn.Module):
     """What it computes is written, graph and all, into a tensor of its own, which is used then."""
 
@@ -393,7 +480,68 @@ def test_embeddings_that_renormalise_themselves_are_left_alone(float64):
         assert torch.equal(model.e.weight, before), name
 
 
-def test_a_loss_that_writes_into_parameters_is_an_error():
+class Encoders(nn.Module):
+    """A frozen encoder beside the one that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.frozen, self.head = nn.Linear(D, 6), nn.Linear(D, 6).requires_grad_(False), nn.Linear(6, C)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.encoder(x) + self.frozen(x)))
+
+
+def momentum(m):
+    for p, q in zip(m.frozen.parameters(), m.encoder.parameters()):
+        p.data.mul_(0.9).add_(0.1 * q.detach())
+
+
+def assigned(m):
+    for p, q in zip(m.frozen.parameters(), m.encoder.parameters()):
+        p.data = 0.9 * p.data + 0.1 * q.data
+
+
+WRITTEN = "a loss has written into the model's parameters '(head|encoder|frozen)"
+SAID = {"vmap": f"{WRITTEN}|batch|broadcast", "mixed_mode": f"{WRITTEN}|tensor.data cannot be assigned to"}
+WRITING = {  # and whether the model is left as it was
+    "mul_": (torch.no_grad()(lambda m: m.head.weight.mul_(0.9)), False),
+    "load_state_dict": (lambda m: m.load_state_dict({n: 0.5 * t for n, t in m.state_dict().items()}), False),
+    "frozen": (lambda m: m.frozen.weight.mul_(0.9), False),
+    "data, mul_": (lambda m: m.head.weight.data.mul_(0.9), True),
+    "data, an element": (lambda m: m.head.bias.data.__setitem__(0, 0.0), True),
+    "data, assigned": (lambda m: setattr(m.head.weight, "data", 0.5 * m.head.weight.data), True),
+    "vector_to_parameters": (lambda m: nn.utils.vector_to_parameters(torch.zeros(6 * C), [m.head.weight]), True),
+    "momentum encoder": (momentum, True),
+    "momentum encoder, assigned": (assigned, True),
+}
+
+
+@pytest.mark.parametrize("which", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize("how", WRITING)
+def test_a_loss_that_writes_into_parameters_is_an_error(how, estimator, which, float64):
+    torch.manual_seed(0)
+    problem = problem_of(Encoders(), "losses")
+    before = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
+    write, left = WRITING[how]
+    losses = {"train_loss": problem.train_loss, "val_loss": problem.val_loss}
+    plain = losses[which]
+
+    def writing(m):
+        write(m)
+        return plain(m)
+
+    losses[which] = writing
+    with pytest.raises((RuntimeError, NotImplementedError), match=SAID.get(estimator, WRITTEN)):
+        CALLS[estimator](*losses.values(), problem.model, problem.hyperparameters)
+    assert all(type(p) is nn.Parameter and not vars(p) for p in problem.model.parameters())
+    if left:
+        assert all(torch.equal(p, before[name]) for name, p in problem.model.named_parameters())
+
+
+
+
+def test_a_loss_that_writes_into_parameters_that_it_holds_is_an_error():
     problem = problem_of(nn.Linear(D, C))
 
     def train_loss(m):
@@ -402,8 +550,221 @@ def test_a_loss_that_writes_into_parameters_is_an_error():
         return problem.train_loss(m)
 
     own = problem.model.weight
-    with pytest.raises(RuntimeError, match="a loss has written into the model's parameters 'weight'"):
+    with pytest.raises(RuntimeError, match="a loss has written into the model's parameters 'weight': the model is changed"):
         evograd.hypergradient(train_loss, *problem.args()[1:])
+
+
+READING = {
+    "data": lambda m: m.frozen.weight.data.norm() + m.head.weight.data.norm(),
+    "a copy": lambda m: copy.deepcopy(m),
+    "to": lambda m: m.to("cpu", torch.float64),
+    "parameters_to_vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
+    "state_dict": lambda m: m.state_dict(),
+}
+
+
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize("how", READING)
+def test_a_loss_may_read_what_it_must_not_write(how, estimator, float64):
+    if (how, estimator) in {("a copy", "higher"), ("to", "vmap")}:
+        pytest.skip("an error of theirs")
+    torch.manual_seed(0)
+    problem = problem_of(Encoders(), "losses")
+    found = []
+    for read in (lambda m: None, READING[how]):
+
+        def train_loss(m, read=read):
+            read(m)
+            return problem.train_loss(m)
+
+        torch.manual_seed(3)
+        found.append(CALLS[estimator](train_loss, *problem.args()[1:]).grads)
+    assert relative_difference(*found) < 1e-12
+    assert all(type(p) is nn.Parameter and not vars(p) for p in problem.model.parameters())
+
+
+# --- what a loss has beside the model ----------------------------------------------------------------------------------
+
+
+class Weighing(nn.Module):
+    """A network of weights of losses, whose parameters are λ, with a state of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(5)
+        linear = nn.Linear(4, 4)
+        self.kind, self.calls, self.last, self.seen = kind, 0, torch.zeros(4), []
+        self.first = nn.Linear(1, 4)
+        self.between = {"spectral_norm": lambda: spectral_norm(linear), "old spectral_norm": lambda: nn.utils.spectral_norm(linear)}
+        self.between = self.between.get(kind, lambda: nn.BatchNorm1d(4) if kind == "BatchNorm" else linear)()
+        self.net = nn.Sequential(self.first, nn.Tanh(), self.between, nn.Tanh(), nn.Linear(4, 1), nn.Sigmoid())
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, losses):
+        losses = losses[:, None].detach()
+        if self.kind == "bound anew":
+            self.mean = 0.5 * self.mean + losses.mean()
+        elif self.kind == "in place":
+            self.mean.mul_(0.5).add_(losses.mean())
+        elif self.kind == "attributes":
+            self.calls += 1
+            self.last += self.calls
+            self.seen.append(losses)
+        elif self.kind == "a hook" and not self.calls:
+            self.first.register_forward_hook(lambda m, i, o: 2 * o)
+            self.calls = 1
+        return self.net(losses - self.mean + self.last.sum() + len(self.seen))[:, 0]
+
+
+class Holder:
+    """An object with the network in an attribute, whose loss is a method, or which is a loss itself."""
+
+    def __init__(self, net, loss):
+        self.parts, self.plain = {"net": [net]}, loss
+
+    def loss(self, m):
+        return self.plain(m, self.inner())
+
+    def inner(self):
+        return self.parts["net"][0]
+
+    def __call__(self, m):
+        return self.loss(m)
+
+
+class Trained(nn.Module):
+    """The model and the network in one module."""
+
+    def __init__(self, model, net, loss):
+        super().__init__()
+        self.model, self.net, self.plain = model, net, loss
+
+    def loss(self, m):
+        return self.plain(m, self.net)
+
+
+def weighed(kind, how="a cell"):
+    """A problem, and the network of its weights, which the training loss reaches in one way or another."""
+    x, y, known = torch.randn(N, D), torch.randint(C, (N,)), torch.rand(N)
+    model, net = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C)), Weighing(kind)
+    loss = lambda m, net: (net(known) * F.cross_entropy(m(x), y, reduction="none")).mean()
+    if how == "a cell":
+        train_loss = lambda m: loss(m, net)
+    elif how == "a global":
+        globals()["_net"] = net
+        train_loss = lambda m: (lambda: loss(m, _net))()
+    elif how == "a partial function":
+        train_loss = functools.partial(loss, net=net)
+    elif how == "a default":
+        train_loss = lambda m, net=net: loss(m, net)
+    elif how == "the module with all":
+        train_loss = Trained(model, net, loss).loss
+    else:
+        holder = Holder(net, loss)
+        train_loss = {"a method": holder.loss, "an object": holder, "a method of a cell": lambda m: holder.loss(m)}[how]
+    x_val, y_val = torch.randn(N, D), torch.randint(C, (N,))
+    return Bilevel(model, list(net.parameters()), train_loss, lambda m: F.cross_entropy(m(x_val), y_val)), net
+
+
+STATES = ["bound anew", "in place", "spectral_norm", "old spectral_norm", "BatchNorm", "attributes", "a hook"]
+WAYS = ["a global", "a partial function", "a default", "the module with all", "a method", "an object", "a method of a cell"]
+WRITTEN_INTO = {("vmap", "spectral_norm"), ("vmap", "old spectral_norm"), ("mixed_mode", "attributes")}
+REACHED = [(kind, "a cell") for kind in STATES] + [("in place", way) for way in WAYS]
+
+
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize(("kind", "how"), REACHED)
+def test_the_state_of_what_belongs_to_lambda_is_that_before_the_call(kind, how, estimator, float64):
+    """Each evaluation begins with it, whatever others have done, and it is there afterwards."""
+    torch.manual_seed(0)
+    problem, net = weighed(kind, how)
+    if (estimator, kind) in WRITTEN_INTO:
+        with pytest.raises((RuntimeError, NotImplementedError), match="vmap|cannot be written into"):
+            CALLS[estimator](*problem.args())
+        return
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch.manual_seed(3)
+    found = CALLS[estimator](*problem.args()).grads
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert net.calls == 0 and not net.seen and not net.last.any() and not net.first._forward_hooks
+    torch.manual_seed(0)
+    problem, net = weighed(kind)
+
+    def fresh(m):
+        torch.manual_seed(0)
+        other, used = weighed(kind)
+        own = dict(net.named_parameters())
+        for name, p in used.named_parameters():
+            *path, last = name.split(".")
+            vars(functools.reduce(getattr, path, used))["_parameters"][last] = own[name]
+        return other.train_loss(m)
+
+    torch.manual_seed(3)
+    estimator = "retain" if estimator == "vmap" else estimator  # the same, and modules can be made in it
+    expected = CALLS[estimator](fresh, *problem.args()[1:]).grads
+    assert relative_difference(found, expected) < 1e-10
+
+
+class Searched(nn.Module):
+    """λ is a buffer, beside BatchNorm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Linear(6, C)
+        self.register_buffer("alphas", torch.ones(6, requires_grad=True))
+
+    def forward(self, x):
+        return self.head(self.alphas.softmax(0) * torch.tanh(self.norm(self.a(x))))
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name not in ("higher", "vmap")])
+def test_lambda_may_be_a_buffer(estimator, float64):
+    """As if it were a parameter of the same values."""
+    torch.manual_seed(0)
+    model, x, y = Searched(), torch.randn(N, D), torch.randint(C, (N,))
+    other, found = copy.deepcopy(model), []
+    del other._buffers["alphas"]
+    other.alphas = nn.Parameter(torch.ones(6))
+    for m in (model, other):
+        torch.manual_seed(3)
+        args = (lambda m: F.cross_entropy(m(x), y), lambda m: F.cross_entropy(m(x + 1), y), m, [m.alphas])
+        found.append(CALLS[estimator](*args).grads)
+    assert relative_difference(*found) < 1e-12
+    assert model.alphas.requires_grad and torch.equal(model.norm.running_mean, torch.zeros(6))
+
+
+class Queue:
+    def __init__(self):
+        self.kept = {"scale": torch.ones(2)}
+
+
+KEPT = torch.zeros(3)
+
+
+@pytest.mark.parametrize("estimator", CALLS)
+@pytest.mark.parametrize("what", ["mean", "held.kept.scale", "KEPT", "x", r"hyperparameters\[0\]", "weight"])
+def test_a_loss_that_writes_into_what_it_has_beside_the_model_is_named(what, estimator, float64):
+    """A running mean, a queue, data, λ itself, a teacher."""
+    x, y, lam = torch.randn(N, D), torch.randint(C, (N,)), torch.rand(N, requires_grad=True)
+    x_val, model, teacher = torch.randn(N, D), nn.Linear(D, C), nn.Linear(D, C)
+    mean, held = torch.zeros(()), Queue()
+    writes = {
+        "mean": lambda: mean.mul_(0.9).add_(0.1),
+        "held.kept.scale": lambda: held.kept["scale"].mul_(0.9),
+        "KEPT": lambda: KEPT.__setitem__(0, 1.0),
+        "x": lambda: x.mul_(0.9),
+        r"hyperparameters\[0\]": lambda: lam.clamp_(0, 1),
+        "weight": lambda: teacher.weight.mul_(0.9),
+    }
+    write = torch.no_grad()(writes[what])
+
+    def train_loss(m):
+        write()
+        return (lam * F.cross_entropy(m(x) + teacher(x).detach(), y, reduction="none")).mean() + mean + held.kept["scale"].sum()
+
+    said = "from outside of it cannot be written into" if estimator == "mixed_mode" else f"a loss has written into '[^']*{what}', which"
+    with pytest.raises(RuntimeError, match=said):
+        CALLS[estimator](train_loss, lambda m: F.cross_entropy(m(x_val), y), model, [lam])
 
 
 # --- parameters, gradients, modes --------------------------------------------------------------------------------------
@@ -631,6 +992,37 @@ def test_a_loss_that_goes_back_to_the_models_own_parameters_is_refused(estimator
             ESTIMATORS[estimator](loss, lambda m: F.cross_entropy(m(x), y), model, [lam])
 
 
+class Decay:
+    """A loss that goes over parameters that were listed before, if it is told to."""
+
+    def __init__(self, x, y, listed, on, lam=None):
+        self.x, self.y, self.listed, self.on, self.lam = x, y, listed, on, lam
+
+    def __call__(self, m):
+        losses = F.cross_entropy(m(self.x), self.y, reduction="none")
+        loss = losses.mean() if self.lam is None else (self.lam * losses).mean()
+        return loss + 0.4 * sum(p.square().sum() for p in self.listed) if self.on else loss
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("how", ["switched on", "the same code", "a function that is made"])
+def test_own_parameters_are_looked_for_each_time(how, estimator, float64):
+    """A penalty that begins later; two losses of one class, or out of one function."""
+    model, lam = nn.Linear(D, C), torch.rand(N, requires_grad=True)
+    made = (lambda loss: lambda m: loss(m)) if how == "a function that is made" else lambda loss: loss
+    train, val = (Decay(torch.randn(N, D), torch.randint(C, (N,)), list(model.parameters()), False) for _ in range(2))
+    train.lam, train.on = lam, how != "switched on"
+    problem = (made(train), made(val), model, [lam])
+    if how == "switched on":
+        ESTIMATORS[estimator](*problem)
+        train.on = True
+    with pytest.raises(RuntimeError, match="train_loss uses the model's own parameter '.*strategy='in_place'"):
+        ESTIMATORS[estimator](*problem)
+    train.on, val.on = False, True
+    with pytest.raises(RuntimeError, match="val_loss uses the model's own parameter '"):
+        ESTIMATORS[estimator](*problem)
+
+
 @pytest.mark.parametrize("by", ["tuple", "nested", "partial", "plain"])
 def test_in_place_they_are_the_same(by, float64):
     """What the refusal recommends is right."""
@@ -657,6 +1049,57 @@ def test_a_validation_loss_without_the_model_is_an_error(estimator, how, float64
     wrong = torch.no_grad()(val) if how == "no_grad" else lambda m: val(other)
     with pytest.raises(RuntimeError, match="val_loss depends on neither|does not depend on it"):
         ESTIMATORS[estimator](train, wrong, model, lam)
+
+
+AVERAGED = {
+    "the model": lambda m, x, average: functional_call(m, average, (x,)),
+    "a part": lambda m, x, average: m[2](functional_call(m[0], {n: average[f"0.{n}"] for n in ("weight", "bias")}, (x,))),
+}
+
+
+@pytest.mark.parametrize("how", AVERAGED)
+def test_higher_refuses_functional_calls(how, float64):
+    """An exponential average in val_loss: of its copies they would take other parameters. The model itself takes those given."""
+    model = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C))
+    problem, x_val, y_val = problem_of(model, "losses"), torch.randn(N, D), torch.randint(C, (N,))
+    average = lambda m: {name: 0.1 * p for name, p in m.named_parameters()}
+    val_loss = lambda m: F.cross_entropy(AVERAGED[how](m, x_val, average(m)), y_val)
+    args = (problem.train_loss, val_loss, model, problem.hyperparameters)
+    with pytest.raises(NotImplementedError, match="functional_call in a loss.*engine='functional'"):
+        b.unrolled(*args, inner_lr=ETA, engine="higher")
+    assert relative_difference(ESTIMATORS["mixed_mode"](*args).grads, ESTIMATORS["unrolled"](*args).grads) < 1e-12
+
+
+@pytest.mark.parametrize("estimator", [name for name in CALLS if name != "vmap"])
+def test_a_cast_in_a_loss_is_taken_back(estimator):
+    """model.double(), also of λ in the model."""
+    torch.manual_seed(0)
+    problem = problem_of(Encoders(), "losses")
+    model, lam = problem.model, problem.hyperparameters
+    model.scale = nn.Parameter(torch.ones(()))
+    x, y = torch.randn(N, D, dtype=torch.float64), torch.randint(C, (N,))
+
+    def train_loss(m):
+        m.double()
+        return (lam[0] * F.cross_entropy(m(x) * m.scale, y, reduction="none")).mean()
+
+    if estimator in ("mixed_mode", "higher"):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            CALLS[estimator](train_loss, problem.val_loss, model, [*lam, model.scale])
+    else:
+        CALLS[estimator](train_loss, problem.val_loss, model, [*lam, model.scale])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(type(p) is nn.Parameter and not vars(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["stream", "guided", "in_place", "finite_difference"])
+def test_a_loss_that_finds_no_parameters_is_told(estimator, float64):
+    """One that asks for their type, which is another one's in their places: no estimate is zero without a word."""
+    model, x, y = nn.Sequential(nn.Linear(D, 16), nn.Linear(16, C)), torch.randn(N, D), torch.randint(C, (N,))
+    loss, lam = decayed(lambda m: (p for p in m.parameters() if type(p) is nn.Parameter))
+    with pytest.warns(UserWarning, match=r"hyperparameters\[0\]: the gradients of two candidates by it differ by 0 eps"):
+        found = CALLS[estimator](loss, lambda m: F.cross_entropy(m(x), y), model, [lam]).grads
+    assert found[0] == 0
 
 
 # --- differences that rounding hides ----------------------------------------------------------------------------------

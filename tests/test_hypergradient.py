@@ -421,3 +421,54 @@ def test_six_lines_in_a_loop(noise):
         meta_optimizer.step()
         angles.append(angle.item())
     assert sum(angles[-100:]) / 100 == pytest.approx(0.6, abs=0.2)
+
+
+STATE = torch.Generator().manual_seed(9).get_state()
+SEEDING = {
+    "manual_seed": lambda: torch.manual_seed(0),
+    "set_rng_state": lambda: torch.set_rng_state(STATE),
+    "by turns": lambda: torch.manual_seed(torch.initial_seed() % 2 + 1),
+}
+
+
+@pytest.mark.parametrize("which", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("common", [False, True])
+@pytest.mark.parametrize("strategy", ["stream", "in_place", "retain", "vmap"])
+@pytest.mark.parametrize("how", SEEDING)
+def test_a_seed_that_a_loss_sets_does_not_hold_the_directions(how, strategy, common, which):
+    """Each call has directions of its own, and all of them come from the seed before the first."""
+
+    def estimates():
+        problem = bilevel("dropout")
+        losses = {"train_loss": problem.train_loss, "val_loss": problem.val_loss}
+        plain = losses[which]
+
+        def seeded(m):
+            SEEDING[how]()
+            return plain(m)
+
+        losses[which] = seeded
+        torch.manual_seed(7)
+        settings = dict(strategy=strategy, common_random_numbers=common, sigma=0.1)
+        for _ in range(5):
+            yield evograd.hypergradient(*losses.values(), problem.model, problem.hyperparameters, **settings).grads[0]
+            seeded(problem.model)  # the training step
+
+    found, again = torch.stack(list(estimates())), torch.stack(list(estimates()))
+    assert torch.equal(found, again)
+    cosines = F.cosine_similarity(found[:, None], found[None], dim=2)
+    assert (cosines - torch.eye(5)).abs().max() < 0.999
+
+
+def test_the_global_generator_is_left_as_it_was():
+    """But for what was drawn: seeds, and what the losses draw."""
+    problem = bilevel("dropout")
+    torch.manual_seed(11)
+    evograd.hypergradient(*problem.args())
+    state, seed = torch.get_rng_state(), torch.initial_seed()
+    assert seed == 11
+    torch.manual_seed(11)
+    torch.randint(2**62, (2, 1))
+    for loss in (problem.train_loss, problem.train_loss, problem.val_loss):
+        loss(problem.model)
+    assert torch.equal(state, torch.get_rng_state())

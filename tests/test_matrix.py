@@ -311,11 +311,7 @@ ROWS = [
     ),
     same("BatchNorm", lambda: bilevel("batchnorm")),
     same("dropout", lambda: bilevel("dropout")),
-    same(
-        "spectral_norm",
-        lambda: problem(seeded(spectral)),
-        {"mixed_mode": Refused(NotImplementedError, "no formula for that.*is an out= function", NO_FORWARD_MODE)},
-    ),
+    same("spectral_norm", lambda: problem(seeded(spectral))),
     same(
         "weight_norm",
         lambda: bilevel("weight_norm"),

@@ -157,3 +157,37 @@ def test_autocast_is_looked_at_within_the_block_alone():
         with inner.watched():
             pass
     assert inner.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("strategy", ["stream", "in_place"])
+@pytest.mark.parametrize("scale", [2.0**13, 2.0**16, 2.0**17])
+@pytest.mark.parametrize("estimator", ["guided", "finite_difference", "evograd"])
+def test_losses_in_float16_may_be_scaled(estimator, scale, strategy):
+    """By the factor of a GradScaler: steps to candidates, norms and slopes stay within float16, or are not taken in it."""
+
+    def estimate(scale):
+        of = low(torch.float16, "parameters")
+        args = (lambda m: scale * of.train_loss(m), lambda m: scale * of.val_loss(m), of.model, of.hyperparameters)
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of digits
+            if estimator == "evograd":
+                settings = dict(temperature=0.05 * scale, sigma=0.02, n_candidates=8, strategy=strategy)
+                return evograd.hypergradient(*args, **settings).grads
+            if estimator == "finite_difference":
+                return finite_difference(*args, inner_lr=LR / scale, radius=0.05).grads
+            return evograd.guided(*args, inner_lr=LR / scale, strategy=strategy).grads
+
+    for found, expected in zip(estimate(scale), estimate(1.0)):
+        assert F.cosine_similarity(found, expected, dim=0) > 0.9999  # a power of two
+        assert found.norm() == pytest.approx(scale * expected.norm().item(), rel=1e-3)
+
+
+def test_a_hyperparameter_whose_gradients_float16_does_not_hold_is_named():
+    of = problem(network())
+    weights = torch.zeros(BATCH, requires_grad=True, dtype=torch.float16)
+    plain = of.train_loss
+    for method in (evograd.mixed_mode, evograd.baselines.unrolled):
+        args = (lambda m: plain(m) * weights.float().sigmoid().mean(), of.val_loss, of.model, [weights])
+        with pytest.warns(UserWarning, match=r"hyperparameters\[0\] is float16, which has few numbers .* keep it in float32"):
+            method(*args, inner_lr=1e-4)

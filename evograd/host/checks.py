@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from .sharded import is_sharded
 from .slots import meeting, some
@@ -50,6 +51,13 @@ def check_closures(train_loss: Closure, val_loss: Closure, model: nn.Module) -> 
             raise TypeError(f"{name} must be a function of the model that returns a scalar loss, not {type(closure).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def check_built(tensors: Iterable[tuple[object, Tensor]]) -> None:
+    """ValueError for what a lazy module has not made yet. tensors: a model's, each with its name."""
+    for name, tensor in tensors:
+        if is_lazy(tensor):
+            raise ValueError(f"model: {name!r} of a lazy module is not there yet; call the model once before, which makes it")
 
 
 def checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 
@@ -24,6 +25,39 @@ def draw_seeds(shape: tuple[int, ...], generator: torch.Generator | None) -> lis
 def drawn_from(seed: int, n: int) -> list[int]:
     """n further seeds, which depend on this one alone."""
     return draw_seeds((n,), torch.Generator().manual_seed(seed))
+
+
+MARK = 0x0E70_6AAD  # an initial seed that nobody sets
+_own: WeakKeyDictionary[nn.Module, torch.Generator] = WeakKeyDictionary()
+
+
+@contextmanager
+def unseeded(model: nn.Module, generator: torch.Generator | None):
+    """A block whose losses may set a seed (torch.manual_seed): the generator to draw seeds from, torch's global one if None.
+
+    What is drawn after such a loss would be the same in every call: from then on a model's seeds come from a stream of its own,
+    which begins where the global one stood at the first call.
+    """
+    if generator is not None or model in _own:
+        yield generator or _own[model]
+        return
+    with on_the_host():
+        begin = torch.get_rng_state()
+        marked = begin.clone()
+        marked[:8] = torch.tensor([MARK], device="cpu").view(torch.uint8)  # the initial seed, which no draw depends on
+        torch.set_rng_state(marked)
+    try:
+        yield None
+    finally:
+        with on_the_host():
+            if torch.initial_seed() == MARK:
+                state = torch.get_rng_state()
+                state[:8] = begin[:8]
+                torch.set_rng_state(state)
+            else:
+                there = torch.Generator()
+                there.set_state(begin)
+                _own[model] = torch.Generator().manual_seed(*draw_seeds((1,), there))
 
 
 class Draws:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .sharded import Sharding, is_sharded, local
-from .slots import Slots, StandIn, clones, meeting, some, storage, write
+from .slots import Slots, clones, meeting, storage, write
+from .stand_ins import StandIn, Watch, place
 from .vectors import Bucket, Position
 
 
@@ -26,6 +27,12 @@ class InPlace:
         self.parameters = {name: slots.parameters[name] for name in theta}
         self.trained = [p for p in self.parameters.values() if p.requires_grad and type(p) is nn.Parameter]
         self.live = {name: local(p) if is_sharded(p) else p for name, p in self.parameters.items()}
+        self.fixed = [
+            p
+            for name, p in slots.parameters.items()
+            if name not in self.parameters and id(p) not in self.hyperparameters and type(p) is nn.Parameter
+        ]
+        self.owners = {id(t): self.parameters[name] for name, t in self.live.items()} | {id(p): p for p in self.fixed}
         self.storages = {storage(t) for t in self.live.values()}
         self._check_memory(hyperparameters)
         self.saved: dict[str, Tensor] = {}
@@ -54,7 +61,7 @@ class InPlace:
 
     def apart(self, name: str, tensor: Tensor) -> Tensor:
         """The same values in a tensor that is not written into: what was saved of them, or another copy."""
-        if _place(tensor) == _place(self.live[name]):
+        if place(tensor) == place(self.live[name]):
             return self.saved[name]
         return tensor.clone() if storage(tensor) in self.storages else tensor
 
@@ -82,28 +89,30 @@ class InPlace:
         for name, p in self.slots.parameters.items():
             if p.is_leaf and id(p) not in self.hyperparameters:
                 p.requires_grad_(differentiable and name in self.live)
-        counts = self._counts()
         with ExitStack() as stack:
-            if not differentiable:
-                stack.enter_context(_saying(self.trained))
+            stack.enter_context(_noticing(self.fixed, _Own))
+            stack.enter_context(_noticing(self.trained, _Own if differentiable else _Trained))
+            watched = (*self.live.values(), *self.fixed)
+            watch = Watch(t for t in watched if id(self.owners[id(t)]) not in self.slots.written)
             stack.enter_context(self.slots.holding((), in_place=True))
             if self.sharding is not None:
                 stack.callback(self.sharding.end)
-            yield
-            written = [name for name, count in self._counts().items() if counts[name] != count]
-        if written:
-            raise RuntimeError(
-                f"a loss has written into the model's parameters {some(written)}, and so into those of the candidate that it is for"
-            )
-
-    def _counts(self) -> Mapping[str, int]:
-        """Autograd's, by which writing is noticed."""
-        kept = self.slots.written
-        return {n: t._version for n, t in self.live.items() if not t.is_inference() and id(self.parameters[n]) not in kept}
+            try:
+                yield
+            finally:
+                written = watch.end()
+        changed = any(still and any(t is p for p in self.fixed) for t, still in written.items())
+        self.slots.check_written([self.owners[id(t)] for t in written], changed)
 
 
-class _Trained(nn.Parameter):
-    """A parameter that has no graph for now, and says that it requires grad, see `StandIn`."""
+class _Own(nn.Parameter):
+    """A parameter of the model's own, which takes note of what is written into its .data, see `StandIn`."""
+
+    data = StandIn.data
+
+
+class _Trained(_Own):
+    """One that has no graph for now, and says that it requires grad, see `StandIn`."""
 
     requires_grad = StandIn.requires_grad
     requires_grad_ = StandIn.requires_grad_
@@ -111,17 +120,12 @@ class _Trained(nn.Parameter):
 
 
 @contextmanager
-def _saying(parameters: list[nn.Parameter]):
+def _noticing(parameters: list[nn.Parameter], kind: type[_Own]):
     try:
         for p in parameters:
-            p.__class__ = _Trained
+            p.__class__ = kind
         yield
     finally:
         for p in parameters:
             p.__class__ = nn.Parameter
             vars(p).pop("says", None)
-
-
-def _place(tensor: Tensor) -> tuple:
-    """Where its elements lie."""
-    return storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride()

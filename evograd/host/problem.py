@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..operations.forward_mode import bare, nodes
+from ..operations.forward_mode import bare, leaves
 from ..operations.threads import one_at_a_time
 from . import checks
 from .checks import Closure, Parameters
@@ -18,13 +17,17 @@ from .draws import Draws
 from .gathering import Gathering, partial
 from .in_place import InPlace
 from .precision import Precision
+from .reach import Reach
 from .sharded import Sharding, local
-from .slots import Slots, StandIn, some
+from .slots import Slots, some
+from .stand_ins import StandIn, place
 from .vectors import Layout, Position, Vector
 
-_looked: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()  # code of losses that `Problem._check_place` has seen
-
 NO_GRAPH = ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad")
+
+
+class Unsteady(RuntimeError):
+    """A loss is another one each time it is evaluated."""
 
 
 class Problem:
@@ -54,15 +57,18 @@ class Problem:
         self.train_loss, self.val_loss, self.model, self.keeps = train_loss, val_loss, model, keeps
         self.hyperparameters = checks.checked_hyperparameters(hyperparameters)
         self.sharding = Sharding.of(model)
-        self.slots = Slots(model)
+        hyper = {id(h) for h in self.hyperparameters}
+        self.reach = Reach(model, train_loss, val_loss)
+        self.slots = Slots(model, self.reach.modules, hyper)
+        self.reach.watch(self.slots.looked_after(), self.hyperparameters)
+        checks.check_built((name, tensor) for _, name, tensor in self.slots.originals)
         self.own = self.slots.parameters
         if self.sharding and in_place is False:
             checks.refuse_sharded(self.own)
-        hyper = {id(h) for h in self.hyperparameters}
         found = checks.chosen(model, self.own, hyper, parameters)
         self.theta = {name: local(p) for name, p in found.items()}
         others = {name: p for name, p in self.own.items() if id(p) not in hyper}
-        self.fixed = {name: p.detach() for name, p in others.items() if name not in self.theta}
+        self.fixed = {name: StandIn.fixed(p) for name, p in others.items() if name not in self.theta}
         checks.check_memory({name: local(p) if self.sharding else p for name, p in others.items()}, self.theta)
         self.place: InPlace | None = None
         if in_place or self.sharding:
@@ -124,29 +130,39 @@ class Problem:
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             )
             raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
-        self._check_place(which, closure, value)
+        self._check_place(which, value)
         return value if value.ndim == 0 else value.reshape(())
 
-    def _check_place(self, which: str, closure: Closure, value: Tensor) -> None:
-        """RuntimeError if a loss goes back to the model's own θ, where others stand in their place.
-
-        Looked for once for each model and piece of code: a loss that has passed is made of the same operations the next time.
-        """
+    def _check_place(self, which: str, value: Tensor) -> None:
+        """RuntimeError if a loss goes back to the model's own θ, where others stand in their place."""
         end = bare(value).grad_fn
-        code = getattr(getattr(closure, "func", closure), "__code__", type(closure))
-        looked = _looked.setdefault(self.model, set())
-        if self.place is not None or end is None or code in looked:
+        if self.place is not None or end is None:
             return
-        names = {id(self.own[name]): name for name in self.theta}
-        for node in nodes([end]):
-            if (name := names.get(id(getattr(node, "variable", None)))) is not None:
-                raise RuntimeError(
-                    f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
-                    "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in a "
-                    "tuple, a nested container or a view. Take them from the model that the loss is given, detach() what is "
-                    "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
-                )
-        looked.add(code)
+        found = {id(leaf) for leaf in leaves(end)}
+        if (name := next((name for name in self.theta if id(self.own[name]) in found), None)) is not None:
+            raise RuntimeError(
+                f"{which} uses the model's own parameter {name!r}, and not what stands in its place at a candidate or a "
+                "lookahead: parameters that were listed before (an optimizer's groups, say), or that a module keeps in a "
+                "tuple, a nested container or a view. Take them from the model that the loss is given, detach() what is "
+                "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
+            )
+
+    def check_repeats(self) -> None:
+        """Unsteady, a RuntimeError, if a loss has another value when it is evaluated again, at θ with the same draws."""
+        with self.undisturbed():
+            for closure in (self.train_loss, self.val_loss):
+                state, values = self.draws.state(), []
+                for _ in range(2):
+                    with self.draws.replay(state), self.at([self.theta]):
+                        values.append(self.evaluate(closure).item())
+                one, other = values
+                if abs(one - other) > 16 * self.precision.eps * max(abs(one), abs(other)):
+                    raise Unsteady(
+                        f"{self._which(closure)} is {one!r}, and {other!r} when it is evaluated again at the same parameters, with "
+                        "the same draws of torch: it draws by another generator (NumPy's, random, a loader's iterator), or keeps "
+                        "something between calls that is no buffer of a module (a counter, a cache, a teacher that it updates). "
+                        "Each candidate would have another loss: do that outside of it"
+                    )
 
     def at(self, position: Position) -> AbstractContextManager:
         """The model at a position, which has no graph of its own."""
@@ -168,18 +184,18 @@ class Problem:
         """
         if self.place is None:
             held = _whole(at)
-            leaves = {name: held[name].detach().requires_grad_() for bucket in self.layout.buckets for name in bucket.names}
-            block = self.holding(leaves)
+            ours = {name: StandIn.leaf(held[name]) for bucket in self.layout.buckets for name in bucket.names}
+            block = self.holding(ours)
         else:
-            leaves, block = self.place.parameters, self.place.at(at, differentiable=True)
+            ours, block = self.place.parameters, self.place.at(at, differentiable=True)
         n = len(self.hyperparameters)
         with block:
             value = self.evaluate(closure)
             if self.sharding:
                 grads = self.sharding.backward(value, self.hyperparameters)
             else:
-                with Gathering(self.layout, leaves, take) if len(self.layout.buckets) > 1 else nullcontext():
-                    grads = partial(value, [*self.hyperparameters, *leaves.values()], self.keeps)
+                with Gathering(self.layout, ours, take) if len(self.layout.buckets) > 1 else nullcontext():
+                    grads = partial(value, [*self.hyperparameters, *ours.values()], self.keeps)
         if self.sharding:
             for b, bucket in enumerate(self.layout.buckets):
                 own = [self.own[name] for name in bucket.names]
@@ -272,6 +288,8 @@ class Problem:
         tensors = {id(t): t for t in [*self.own.values(), *self.hyperparameters]}.values()
         before = [(t, t.requires_grad, t.grad) for t in tensors if t.is_leaf]
         versions = {name: p._version for name, p in self.own.items() if not p.is_inference()}
+        beside = {name: t._version for name, t in self.reach.tensors.items()}
+        memory = [(h, h.detach()) for h in self.hyperparameters]
         try:
             for tensor, _, gradient in before:
                 if gradient is not None:
@@ -289,11 +307,19 @@ class Problem:
                     tensor.requires_grad_(requires_grad)
                 if tensor.grad is not gradient:
                     tensor.grad = gradient
+            for h, here in memory:
+                if h.dtype != here.dtype or place(h) != place(here):  # model.double() in a loss
+                    h.data = here
             if self.sharding:
                 self.sharding.copy_flags()
-        written = [name for name, version in versions.items() if self.own[name]._version != version]
-        if written:
-            raise RuntimeError(f"a loss has written into the model's parameters {some(written)}: the model is changed")
+        written = [self.own[name] for name, version in versions.items() if self.own[name]._version != version]
+        self.slots.check_written(written, changed=True)
+        if written := [name for name, version in beside.items() if self.reach.tensors[name]._version != version]:
+            raise RuntimeError(
+                f"a loss has written into {some(written)}, which it reaches beside the model, so that each evaluation sees "
+                "what another has left there; do that outside of the losses, or make it a buffer of a module, of which each has "
+                "a copy"
+            )
 
 
 def emptied(tensors: list[Tensor]) -> Iterator[Tensor]:

@@ -20,6 +20,10 @@ UNRESOLVED = (
     "it is rounding in large part, if it acts on the parameters at all. Candidates further apart (guided: radius, hypergradient: "
     "sigma), losses and hyperparameters in more digits, or evograd.mixed_mode, which takes no difference, resolve it"
 )
+FLUSHED = (
+    "hyperparameters[{i}] is float16, which has few numbers or none of the size of its gradient (at most {value:.2g}): keep it "
+    "in float32, or scale val_loss"
+)
 _resolved = WeakTensorKeyDictionary()  # λ: settings with which it has been seen resolved
 
 
@@ -126,7 +130,9 @@ def check_finite(
     for which, value in losses.items():
         if not math.isfinite(value):
             raise NotFinite(f"{which} is {value}; a finite loss is needed (candidates: {values[:n]}, validation: {values[n]})")
-    for i, value in enumerate(values[n + 1 : end]):
+    for i, (value, dtype) in enumerate(zip(values[n + 1 : end], [g.dtype for g in grads if g.numel()])):
+        if dtype == torch.float16 and value < torch.finfo(dtype).tiny:
+            warn(FLUSHED.format(i=i, value=value))
         if not math.isfinite(value):
             raise NotFinite(
                 f"the gradient by hyperparameters[{i}] is not finite, although the losses are: an operation has no "

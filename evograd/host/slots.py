@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -13,48 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..operations.forward_mode import bare
 from ..operations.recomputation import recomputed_in
 from ..operations.threads import replaced
+from .attributes import Attributes, items, some
 from .draws import on_the_host
+from .stand_ins import Watch
 
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 NUMBERS |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}  # by which one can multiply: not bool, float8, uint16
-SMALL = 2**16  # elements of a plain tensor that is copied, so that what is written into it can be undone
-
-
-class StandIn(Tensor):
-    """What stands in a parameter's place without a graph, and says that it requires grad, as the parameter does.
-
-    A loss that asks for that (weight decay over what is trained, say) then takes it in, and no graph of the network is built.
-    What operations make of it are plain tensors.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    _is_param = True  # isinstance(…, nn.Parameter), which losses ask, and compiled code of a tensor that is of no plain type
-    says = True
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.says
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self.requires_grad_(value)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
-        self.says = requires_grad
-        return Tensor.requires_grad_(self, requires_grad)
-
-    def __deepcopy__(self, memo: dict) -> Tensor:
-        return self.as_subclass(Tensor).__deepcopy__(memo)
-
-    @staticmethod
-    def of(own: Tensor, other: Tensor) -> Tensor:
-        """What is to stand in the place of `own`, where that is more than what the other tensor is by itself."""
-        plain = type(other) is Tensor and not other.requires_grad
-        return other.as_subclass(StandIn) if plain and own.requires_grad else other
 
 
 class Slots:
@@ -62,52 +27,56 @@ class Slots:
 
     `holding` puts other tensors there. A module that is registered under several names, and a parameter that is shared by several
     modules, have all of their places changed and restored.
+
+    beside: other modules that losses call (a weight net, a teacher), whose buffers and attributes are treated as the model's.
+    hyper: ids of tensors that stay themselves everywhere.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, beside: Sequence[nn.Module] = (), hyper: Collection[int] = ()):
         self.parameters: dict[str, Tensor] = {}  # a shared one appears once, under its first name
         self.modules: list[nn.Module] = []  # each once
         self.places: dict[int, list[tuple[object, object]]] = {}
         self.originals: list[tuple[object, object, Tensor]] = []
         self.buffers: dict[int, Tensor] = {}
         self.written: set[int] = set()  # weights that their module writes into as it is called
-        self.plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors that stay, and are put back: they are no dense buffers
+        plain: list[tuple[nn.Module, str, Tensor]] = []  # tensors that stay, and are put back: they are no dense buffers
         self.block: object = None  # the innermost one that is open
-        for prefix, module in model.named_modules():
+        memo: set[nn.Module] = set()
+        named = [(root is model, *entry) for root in (model, *beside) for entry in root.named_modules(memo)]
+        for of_model, prefix, module in named:
             self.modules.append(module)
             for name, tensor in module._parameters.items():
                 if tensor is not None:
-                    if id(tensor) not in self.places:
+                    if of_model and id(tensor) not in self.places:
                         self.parameters[f"{prefix}.{name}" if prefix else name] = tensor
                     self._add(module._parameters, name, tensor)
             for name, tensor in module._buffers.items():
                 if tensor is not None and (tensor.layout is not torch.strided or tensor.is_quantized):
-                    self.plain.append((module, name, tensor))
+                    plain.append((module, name, tensor))
                     self.originals.append((module._buffers, name, tensor))
                 elif tensor is not None:
-                    self.buffers[id(tensor)] = tensor
+                    if id(tensor) not in hyper:
+                        self.buffers[id(tensor)] = tensor
                     self._add(module._buffers, name, tensor)
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
                 self.written.add(id(module.weight))
-        self.containers: list[object] = []  # of the modules, beside those that every module has
-        for module in self.modules:
-            for name in vars(module).keys() - OF_EVERY_MODULE:
-                value = vars(module)[name]
-                if isinstance(value, Tensor) and not value.is_inference():
-                    self.plain.append((module, name, value))
-                elif type(value) in CONTAINERS:
-                    self.containers.append(value)
-                    for key, item in _items(value):
-                        if id(item) in self.places:
-                            self._add(value, key, item)
+        self.attributes = Attributes(self.modules, (model, *beside), plain)
+        for container in self.attributes.containers:
+            for key, item in items(container):
+                if id(item) in self.places:
+                    self._add(container, key, item)
 
     def _add(self, container: object, key: object, tensor: Tensor) -> None:
         self.places.setdefault(id(tensor), []).append((container, key))
         self.originals.append((container, key, tensor))
 
+    def looked_after(self) -> set[int]:
+        """Ids of tensors that are the modules' own."""
+        return {*self.places, *(id(tensor) for _, _, tensor in self.attributes.plain)}
+
     def kept(self) -> list[Tensor]:
         """What a module may write into as it is called, and what is put back where a model holds its own tensors."""
-        weights = [p for p in self.parameters.values() if id(p) in self.written and type(p) is nn.Parameter]
+        weights = [p for p in self.parameters.values() if id(p) in self.written and not is_traceable_wrapper_subclass(p)]
         return [b for b in self.buffers.values() if not _overlaps(b)] + weights
 
     @contextmanager
@@ -119,76 +88,60 @@ class Slots:
         Its buffers are copies, or those given: what BatchNorm gathers within the block is thrown away. So are weights that
         their module writes into as it is called (Embedding with max_norm). in_place: both stay the model's own, and their values
         are put back, without the graph of what was written into them. Whatever else is done to modules within the block is
-        undone: modes, attributes that are bound anew, entries of lists, dicts and sets in attributes, values of small tensors in
-        attributes. RuntimeError where a large one has been written into.
+        undone: modes, hooks, submodules and buffers that are added, attributes that are bound anew, entries of lists, dicts and
+        sets in attributes, values of small tensors in attributes. RuntimeError where a large one has been written into, or
+        parameters have been added.
         """
-        attributes = [(vars(module), dict(vars(module))) for module in self.modules]
-        contents = [(container, container.copy()) for container in self.containers]
-        plain = [(*which, which[-1]._version, _copy(which[-1])) for which in self.plain] if self.plain else ()
-        tensors, outer, kept = list(tensors), self.block, []
-        graphs = [(tensor, tensor.grad_fn) for _, _, tensor in self.plain]
+        outer, kept = self.block, self.kept() if in_place else []
+        tensors = [(own, _unwritten(other) if id(own) in self.written else other) for own, other in tensors]
+        stand_ins = {id(other): own for own, other in tensors}
+        watch = Watch(other for own, other in tensors if id(own) not in self.written)
+        if buffers is None:
+            buffers = () if in_place else copies(list(self.buffers.values()))
+        before, values = self.attributes.now(kept), clones(kept)
         self.block = block = object()
 
         def segment():
             """A checkpointed segment begins here: it is recomputed with these tensors, and in these modes."""
             modes = [module.training for module in self.modules]
-            return lambda: nullcontext() if self.block is block else self._again(tensors, modes)
+            return lambda: nullcontext() if self.block is block else self._again(tensors, buffers, modes)
 
         try:
-            if in_place:
-                kept, values = (own := self.kept()), clones(own)
-                graphs += [(tensor, tensor.grad_fn) for tensor in own]
-            elif self.buffers:
-                own = list(self.buffers.values())
-                tensors += zip(own, copies(own) if buffers is None else buffers)
-            for i, (own, other) in enumerate(tensors):
-                if id(own) in self.written:
-                    tensors[i] = (own, other := other.clone().as_subclass(type(other)))
+            for own, other in (*tensors, *zip(self.buffers.values(), buffers)):
                 for container, key in self.places[id(own)]:
                     container[key] = other
             with recomputed_in(segment), own_cache():
                 yield
         finally:
             self.block = outer
-            if kept:
-                write(kept, values)
+            write(kept, values)
             for container, key, tensor in self.originals:
                 container[key] = tensor
-            for now, before in attributes:
-                if len(now) != len(before) or not all(map(is_, now.values(), before.values())):
-                    now.clear()
-                    now.update(before)
-            for container, before in contents:
-                _refill(container, before)
-            written = [which for which in plain if which[2]._version != which[3]] if plain else ()
-            for _, _, tensor, _, copy in written:
-                if copy is not None:
-                    with torch.no_grad():
-                        tensor.copy_(copy)
-            in_a_graph = [tensor for tensor, before in graphs if tensor.grad_fn is not before and not _cut_off(tensor, before)]
-        for tensor in in_a_graph:
-            places = [*self.plain, *self.originals]
-            name = next(name for _, name, own in places if own is tensor)
+            written = watch.end()
+            before.put_back(self.places.keys() | stand_ins.keys())
+        changed = [other for other, still in written.items() if still and storage(other) == storage(stand_ins[id(other)])]
+        self.check_written([stand_ins[id(other)] for other in written], bool(changed))
+        before.check(self.originals)
+
+    def check_written(self, parameters: Sequence[Tensor], changed: bool) -> None:
+        """RuntimeError if a loss has written into parameters, or into what stands in their places."""
+        if parameters:
+            found = {id(p) for p in parameters}
+            names = some(name for name, p in self.parameters.items() if id(p) in found)
             raise RuntimeError(
-                f"{name!r}, a tensor of shape {tuple(tensor.shape)}, has got a graph from a loss that has written into it, which "
-                "cannot be undone where it is a view or had a graph before; write detached values into it (x.detach())"
+                f"a loss has written into the model's parameters {names}"
+                + (": the model is changed" if changed else ", and so into those of the candidate that it is for")
+                + ". Do that outside of the losses, or make them buffers, of which each candidate has a copy"
             )
-        for module, name, tensor, _, copy in written:
-            if copy is None:
-                raise RuntimeError(
-                    f"{type(module).__name__}.{name}, a tensor of shape {tuple(tensor.shape)}, was written into by a loss: one "
-                    "candidate would see what another has left there. Make it a dense buffer (register_buffer), of which every candidate "
-                    "gets a copy, or bind the attribute to a new tensor"
-                )
 
     @contextmanager
-    def _again(self, tensors: list[tuple[Tensor, Tensor]], modes: list[bool]):
+    def _again(self, tensors: list[tuple[Tensor, Tensor]], buffers: Sequence[Tensor], modes: list[bool]):
         """The block of `holding` once more, after it has ended: for a segment that is recomputed there."""
         before = [module.training for module in self.modules]
         for module, mode in zip(self.modules, modes):
             module.training = mode
         try:
-            with self.holding(tensors, ()):
+            with self.holding(tensors, buffers):
                 yield
         finally:
             for module, mode in zip(self.modules, before):
@@ -235,7 +188,7 @@ def meeting(tensors: Mapping[Hashable, Tensor]) -> Iterator[tuple[Hashable, Hash
 
 def storage(tensor: Tensor) -> int:
     """The same number for tensors in the same storage."""
-    return tensor.untyped_storage()._cdata
+    return bare(tensor).untyped_storage()._cdata
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -278,41 +231,6 @@ def copies(tensors: list[Tensor]) -> list[Tensor]:
     return result
 
 
-def _cut_off(tensor: Tensor, before: object) -> bool:
-    """Without the graph of what was written into it, if it had none and is no view of another one."""
-    if before is not None or tensor._is_view():
-        return False
-    tensor.detach_()
-    return True
-
-
-def _items(container: object) -> Iterable[tuple[object, object]]:
-    if isinstance(container, Mapping):
-        return list(container.items())
-    return [] if isinstance(container, set) else list(enumerate(container))
-
-
-def _copy(tensor: Tensor) -> Tensor | None:
-    return tensor.detach().clone() if tensor.numel() <= SMALL else None
-
-
-def _refill(container: object, before: object) -> None:
-    """Put back what a list, dict, set or deque held, if it holds anything else."""
-    if isinstance(container, set):
-        if container != before:
-            container.clear()
-            container.update(before)
-    elif isinstance(container, MutableMapping):
-        same_keys = len(container) == len(before) and all(map(is_, container, before))
-        if not same_keys or not all(map(is_, container.values(), before.values())):
-            container.clear()
-            container.update(before)
-    elif len(container) != len(before) or not all(map(is_, container, before)):
-        container.clear()
-        container.extend(before)
-
-
-def some(names: Iterable[str], n: int = 8) -> str:
-    """The first of many names, for a message."""
-    names = list(names)
-    return ", ".join(map(repr, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
+def _unwritten(tensor: Tensor) -> Tensor:
+    """A copy, for a module that writes into it."""
+    return tensor.clone().as_subclass(type(tensor))

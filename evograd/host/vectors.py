@@ -208,8 +208,9 @@ class Vector:
             whole = torch._foreach_norm(a.vectors[group].split(sizes))
             apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
             for i, of, difference in zip(members, whole, apart):
-                some = (of > 0) & (meant.to(of.device) if isinstance(meant, Tensor) else meant)
-                result[i] = torch.where(some, difference / (torch.finfo(self.tensors[i].dtype).eps * of), math.inf)
+                some = meant.to(of.device) if isinstance(meant, Tensor) else torch.full_like(of, meant, dtype=torch.bool)
+                eps = torch.finfo(self.tensors[i].dtype).eps
+                result[i] = torch.where(some, (difference / (eps * of)).nan_to_num(0), math.inf)
         return result
 
     def parity(self, plus: Flat, minus: Flat, between: Flat | None) -> Tensor:
@@ -276,6 +277,13 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all of them as one vector, in float32 at least."""
+    found = norms(tensors)
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([n.to(norms[0].device, dtype) for n in norms]).norm()
+    return torch.stack([n.to(found[0].device, dtype) for n in found]).norm()
+
+
+def norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of each, in numbers that do not overflow."""
+    if any(t.dtype == torch.float16 for t in tensors):
+        return [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch._foreach_norm(tensors)

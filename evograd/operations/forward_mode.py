@@ -19,9 +19,9 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.hooks import BackwardHook
 
 from .threads import Shared, replaced
@@ -38,7 +38,8 @@ def directional(
     first = torch.zeros((), requires_grad=True).view(()).grad_fn._sequence_nr()
     replacing = Replacing()
     looking = Unseen(replacing) if scripted(model) else None
-    with looking or nullcontext(), replacing, replaced((BackwardHook, "_apply_on_tensors", _without_hooks)):
+    hooks = replaced((BackwardHook, "_apply_on_tensors", _without_hooks))
+    with looking or nullcontext(), _no_inference, replacing, hooks:
         value, slope = torch.func.jvp(function, (primals,), (tangents,))
     if looking and looking.found:
         raise unseen(*looking.found)
@@ -98,15 +99,26 @@ class Replacing(TorchFunctionMode):
     """Within it, operations of ROWS are computed in their rows' form, where the row says so.
 
     Where λ enters after an operation PyTorch's own formula is right, mostly, and cheaper. Running statistics are not updated:
-    the model runs on copies that are thrown away.
+    the model runs on copies that are thrown away. Where gradients are off tangents are off too.
     """
 
     def __init__(self):
         super().__init__()
         self.within = []
         self.depth = 0  # of operations of ROWS
+        self.off = False  # tangents are, by `follow`
+
+    def follow(self) -> None:
+        """What is a constant to reverse mode is one to forward mode, whoever has switched gradients off."""
+        on = torch.is_grad_enabled()
+        if self.off if on else torch._C._is_fwd_grad_enabled():
+            torch._C._set_fwd_grad_enabled(on)
+            self.off = not on
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch._C._set_grad_enabled:
+            function(*args)
+            return self.follow()  # at once: what follows may be TorchScript, which nothing here sees
         kwargs = kwargs or {}
         if (form := _OF_REVERSE_MODE.get(function)) and torch._C._functorch.maybe_current_level() == 1:
             return form(*args, **kwargs)
@@ -135,6 +147,18 @@ class Replacing(TorchFunctionMode):
         for node in nodes(_functions(result), starts):
             node.metadata["evograd"] = "right"
         return result
+
+
+def _entered(self: torch.inference_mode) -> None:
+    """As no_grad in forward mode, whose tensors cannot be those of inference mode."""
+    if any(isinstance(mode, Replacing) for mode in _get_current_function_mode_stack()):
+        self._inference_mode_context = torch.set_grad_enabled(not self.mode)
+    else:
+        _enter(self)
+
+
+_enter = torch.inference_mode.__enter__
+_no_inference = Shared(lambda: replaced((torch.inference_mode, "__enter__", _entered)))
 
 
 class Unseen(TorchDispatchMode):
@@ -199,6 +223,21 @@ def nodes(ends: list[torch.autograd.graph.Node], starts: list[torch.autograd.gra
             waiting += [before for before, _ in node.next_functions if before is not None]
 
 
+def leaves(end: torch.autograd.graph.Node) -> list[Tensor]:
+    """The tensors that a graph begins at. It is looked through at every loss, so that only ends are asked for them."""
+    waiting, seen, found = [end], {end}, []
+    while waiting:
+        node = waiting.pop()
+        before = node.next_functions
+        if not before:
+            found.append(getattr(node, "variable", None))
+        for other, _ in before:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return [leaf for leaf in found if leaf is not None]
+
+
 def _functions(value) -> list[torch.autograd.graph.Node]:
     """The nodes that the tensors in `value`, and their tangents, have come from."""
     tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
@@ -236,6 +275,11 @@ def traced_tangents(values: list[Tensor]) -> bool:
 def wrapped(values: list[Tensor]) -> bool:
     """Forward mode has a part in it, be it only that it is another kind of tensor."""
     return any(torch._C._functorch.is_functorch_wrapped_tensor(value) for value in values)
+
+
+def without_gradients(values: list[Tensor]) -> bool:
+    """What comes of them is a constant, and no operation's own formula is asked."""
+    return not torch.is_grad_enabled() and wrapped(values)
 
 
 # --- other forms ----------------------------------------------------------------------------------------------------------
@@ -413,6 +457,11 @@ def of_values(function, x, *args, **kwargs):
         return function(bare(x), *args, **kwargs)
 
 
+def of_constants(function, *args, **kwargs):
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    return function(*args, **kwargs)
+
+
 def log_cumulative(function, x, dim, **options):
     """log Σ_{j ≤ i} exp x_j by doubling, with log(eᵃ + eᵇ) = a − log σ(a − b)."""
     if x.is_complex() or x.ndim == 0 or options:
@@ -447,6 +496,8 @@ def glu(_, x, dim=-1):
 def _batch_norm(_, x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
     if not training and running_mean is not None:
         return None  # statistics that are constants: PyTorch's own formula is right
+    if not tangents([p for p in (x, weight, bias) if p is not None]):  # but running ones, from outside, cannot be written into
+        return torch.batch_norm(x, weight, bias, None, None, True, momentum, eps, cudnn_enabled)
     return _normalized(x, [0, *range(2, x.ndim)], eps, *(_by_channel(p, x) for p in (weight, bias)))
 
 
@@ -560,7 +611,7 @@ ROWS = (
     Row(
         "batch_norm",
         _batch_norm,
-        tangents,
+        wrapped,
         STATISTICS,
         "native_batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm",
         True,
@@ -667,6 +718,12 @@ ROWS = (
     Row("feature_alpha_dropout_", in_place_of(torch.feature_alpha_dropout), wrapped, DRAWS),
     Row("rrelu_", in_place_of(torch.rrelu), wrapped, DRAWS),
     Row("nn.functional.scaled_dot_product_attention", attention, wrapped, DRAWS),
+    Row(
+        "_functorch.autograd_function.custom_function_call",
+        of_constants,
+        without_gradients,
+        "its jvp is asked where gradients are off",
+    ),
     Row("rand_like randn_like randint_like empty_like bernoulli Tensor.bernoulli normal poisson", by_reverse, wrapped, DRAWS),
 )
 
