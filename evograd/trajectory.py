@@ -234,7 +234,7 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
             f"train_loss of step {other[-1]} is another one now than it was in training: it reads what has changed since (the "
             "attributes of an object, an iterator); bind what it needs, lambda m, x=x, y=y: …"
         )
-    if growth > GROWN:
+    elif growth > GROWN:
         warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))
     elif products.curvature is not None and products.curvature > max(CURVED, 2 * target(products.eps)):
         warn(ILL.format(f"the curvature of pairs is {products.curvature:.2g} at every radius (0.01 is right in float32)"))
