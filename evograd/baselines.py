@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .guided import guided
-from .host.checks import Closure, Parameters, check_count, check_positive
+from .host.checks import Closure, Parameters, check_count, check_positive, check_rate
 from .host.gathering import partial
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, plain
@@ -48,7 +48,7 @@ def unrolled(
     The other arguments, returns and errors as in `evograd.mixed_mode`; `candidate_losses` is ℓ_T(θ, λ) at the first step, of
     shape (1,).
     """
-    check_positive("inner_lr", inner_lr)
+    check_rate(inner_lr)
     check_count("n_steps", n_steps)
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is unknown; accepted are {', '.join(map(repr, ENGINES))}")
@@ -126,7 +126,7 @@ def neumann(
 
     Args, returns and errors as in `evograd.baselines.unrolled`, with `n_terms` ≥ 1, the number of terms.
     """
-    check_positive("inner_lr", inner_lr)
+    check_rate(inner_lr)
     check_count("n_terms", n_terms)
 
     def solve(hessian, gradient):

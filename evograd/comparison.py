@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import measuring
 from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .guided import guided
-from .host.checks import Closure, Parameters, check_count, check_positive, checked_hyperparameters, kept
+from .host.checks import Closure, Parameters, check_count, check_rate, checked_hyperparameters, kept
 from .host.gathering import partial as partial_derivatives
 from .host.problem import Problem, Unsteady
 from .host.result import Hypergradient
@@ -128,7 +128,7 @@ def compare(
         RuntimeError: no estimator could run, with the reason of the first; or a loss is refused by `check`.
         ValueError, TypeError: as in `evograd.hypergradient`.
     """
-    check_positive("inner_lr", inner_lr)
+    check_rate(inner_lr)
     if repeats is not None:
         check_count("repeats", repeats)
     parameters = kept(parameters)

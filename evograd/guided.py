@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .evaluation import Stream, in_place
 from .host import processes
-from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive, kept
+from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive, check_rate, kept
 from .host.draws import Occasions
 from .host.precision import Precision
 from .host.problem import Problem
@@ -304,7 +304,7 @@ class Side(Pair):
 
 
 def _check(inner_lr, radius, lookahead, share_kinks, kinks, strategy) -> None:
-    check_positive("inner_lr", inner_lr)
+    check_rate(inner_lr)
     if radius is not None and not isinstance(radius, Radius):
         check_positive("radius", radius)
     check_lookahead(lookahead)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .evaluation import STRATEGIES, evaluation_by, in_place
 from .host import processes
-from .host.checks import Closure, Parameters, check_choice, check_count, check_differences, check_positive
+from .host.checks import Closure, Parameters, check_choice, check_count, check_differences, check_positive, check_rate
 from .host.draws import unseeded
 from .host.problem import Problem
 from .host.result import Hypergradient, estimator, looked_at
@@ -166,7 +166,7 @@ def _check(n_candidates, sigma, temperature, noise, strategy, chunk_size, inner_
     check_positive("sigma", sigma)
     check_positive("temperature", temperature)
     if inner_lr is not None:
-        check_positive("inner_lr", inner_lr)
+        check_rate(inner_lr)
     if not callable(noise) and noise not in NOISES:
         hint = "; evograd.guided is a function of its own" if noise == "guided" else ""
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .host.checks import Closure, Parameters, check_lookahead, check_positive
+from .host.checks import Closure, Parameters, check_lookahead, check_rate
 from .host.draws import Occasions
 from .host.gathering import partial
 from .host.problem import Problem
@@ -61,7 +61,7 @@ def mixed_mode(
         ValueError, TypeError, RuntimeError: as in `evograd.hypergradient`; NotImplementedError for what train_loss
             does that cannot be taken in forward mode.
     """
-    check_positive("inner_lr", inner_lr)
+    check_rate(inner_lr)
     check_lookahead(lookahead)
     problem = Problem(train_loss, val_loss, model, hyperparameters, parameters)
     # train_loss draws first, as in training, though its pass is the last one

@@ -41,7 +41,7 @@ def unrolled(*args, **settings):
         ({"sigma": 0}, ValueError, ["sigma=0", "positive"]),
         ({"sigma": math.nan}, ValueError, ["sigma=nan", "positive"]),
         ({"temperature": -1.0}, ValueError, ["temperature=-1.0", "positive"]),
-        ({"inner_lr": 0.0}, ValueError, ["inner_lr=0.0", "positive"]),
+        ({"inner_lr": -0.1}, ValueError, ["inner_lr=-0.1", "positive"]),
         ({"noise": "pink"}, ValueError, ["noise='pink'", "'sign'", "'normal'", "function"]),
         ({"noise": lambda like, generator: torch.ones(3)}, ValueError, ["noise returned (3,)", "must be"]),
         ({"strategy": "store"}, ValueError, ["strategy='store'", "'stream'", "'retain'"]),
@@ -177,3 +177,25 @@ def test_parameters_in_one_storage_are_taken_where_they_do_not_meet():
     assert sorted(meeting(same)) == [("all", "column"), ("rows", "all"), ("rows", "column")]
     problem = bilevel("tied")
     evograd.hypergradient(*problem.args())
+
+
+@pytest.mark.parametrize("estimator", [evograd.hypergradient, guided, mixed_mode, unrolled])
+def test_a_rate_of_a_schedule(estimator):
+    """A tensor, and 0 at its end."""
+    args = bilevel("mlp").args()
+    for rate, number in ((torch.tensor(0.2), 0.2), (0, 0.0)):
+        torch.manual_seed(0)
+        found = estimator(*args, inner_lr=rate).grads
+        torch.manual_seed(0)
+        expected = estimator(*args, inner_lr=float(torch.tensor(number))).grads
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert not any(g.any() for g in found)
+
+
+def test_an_optimizer_and_a_model_are_not_what_is_asked_for():
+    train_loss, val_loss, model, _ = bilevel("mlp").args()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="not SGD; those of an optimizer are"):
+        guided(train_loss, val_loss, model, optimizer)
+    with pytest.raises(TypeError, match="lookahead is a module"):
+        guided(*bilevel("mlp").args(), lookahead=model)

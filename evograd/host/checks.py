@@ -35,6 +35,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r} must be a positive, finite number")
 
 
+def check_rate(inner_lr: float) -> None:
+    """A schedule may end at 0."""
+    if isinstance(inner_lr, bool) or not isinstance(inner_lr, Real) or not (0 <= inner_lr < math.inf):
+        raise ValueError(f"inner_lr={inner_lr!r} must be a positive, finite number, or 0")
+
+
 def check_count(name: str, value: int) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer of at least 1")
@@ -64,6 +70,10 @@ def checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
     if isinstance(hyperparameters, (Tensor, nn.Module)):
         hint = "[tensor]" if isinstance(hyperparameters, Tensor) else "list(module.parameters())"
         raise TypeError(f"hyperparameters must be a sequence of tensors, not {type(hyperparameters).__name__}; write {hint}")
+    if not isinstance(hyperparameters, Iterable):
+        hint = "; those of an optimizer are [p for group in optimizer.param_groups for p in group['params']]"
+        what = type(hyperparameters).__name__
+        raise TypeError(f"hyperparameters must be a sequence of tensors, not {what}{hint * hasattr(hyperparameters, 'param_groups')}")
     hyperparameters = list(hyperparameters)
     if not hyperparameters:
         raise ValueError("hyperparameters is empty; at least one tensor that requires grad is needed")
@@ -129,6 +139,10 @@ def _check_like(argument: str, name: str, tensor: object, target: Tensor, given:
 
 
 def check_lookahead(lookahead: Parameters | str) -> None:
+    if isinstance(lookahead, nn.Module):
+        raise TypeError(
+            "lookahead is a module; accepted are None, 'sgd' and named parameters, such as those of model.named_parameters()"
+        )
     if isinstance(lookahead, str) and lookahead != "sgd":
         raise ValueError(f"lookahead={lookahead!r} is unknown; accepted are None, 'sgd' and named parameters")
 

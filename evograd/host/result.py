@@ -54,6 +54,8 @@ def estimator(function: Callable[..., Hypergradient]) -> Callable[..., Hypergrad
 
     @wraps(function)
     def taken(*args, **settings) -> Hypergradient:
+        if isinstance(rate := settings.get("inner_lr"), Tensor) and rate.numel() == 1:  # of a schedule
+            settings["inner_lr"] = rate.item()
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 return function(*args, **settings)
