@@ -53,9 +53,10 @@ def environment(device: torch.device | str) -> dict:
     }
 
 
-def step_cost(cost: Cost) -> dict:
-    """What a record says of the cost of one step."""
-    return {"seconds_per_step": cost.seconds, "peak_bytes": cost.peak_bytes, "flops": cost.flops, "launches": cost.launches}
+def step_cost(cost: Cost, n_steps: int = 1) -> dict:
+    """What a record says of the cost of one step, where that of n_steps was measured."""
+    in_all = {"seconds_per_step": cost.seconds, "flops": cost.flops, "launches": cost.launches}
+    return {"peak_bytes": cost.peak_bytes, **{name: value / n_steps if n_steps > 1 else value for name, value in in_all.items()}}
 
 
 def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:
