@@ -55,8 +55,8 @@ def environment(device: torch.device | str) -> dict:
 
 def step_cost(cost: Cost, n_steps: int = 1) -> dict:
     """What a record says of the cost of one step, where that of n_steps was measured."""
-    in_all = {"seconds_per_step": cost.seconds, "flops": cost.flops, "launches": cost.launches}
-    return {"peak_bytes": cost.peak_bytes, **{name: value / n_steps if n_steps > 1 else value for name, value in in_all.items()}}
+    each = {"seconds_per_step": cost.seconds / n_steps, "flops": cost.flops // n_steps, "launches": cost.launches // n_steps}
+    return {"peak_bytes": cost.peak_bytes, **each}
 
 
 def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:
