@@ -223,7 +223,7 @@ class Trainer:
         return loss
 
     def parts(self, step):
-        """(part of a batch that trains, whether it is transformed), for --accumulate. The sum of their losses is the training loss."""
+        """(what trains, whether it is transformed), --accumulate parts of each. The sum of their losses is the training loss."""
         chosen = [(step.target, False)]
         if self.args.method != "target_only":
             chosen.insert(0, (step.source, self.meta.learns))
@@ -604,7 +604,9 @@ def finish(keeper, what, trainer, data, n_steps, metrics):
             keeper.look()
             trainer.step(next(data))
 
-    costs = lambda: {"peak_bytes": peak_bytes(steps_alone), "flops": flops(steps_alone) // n, "launches": launches(steps_alone) // n}
+    counts = {"flops": flops, "launches": launches}
+    each = lambda: {name: counted(steps_alone) // n for name, counted in counts.items()}
+    costs = lambda: {"peak_bytes": peak_bytes(steps_alone), **each()}
     keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps}, costs)
 
 

@@ -338,8 +338,8 @@ class Keeper:
     ) -> Iterator[int]:
         """Step numbers up to n_steps, from where the run stands, with a progress bar.
 
-        state(): what the run needs to go on after a whole step.  whole(): whether it can go on from there; a checkpoint, and the
-        end that a signal asks for, wait until it can.
+        state(): what the run needs to go on after a whole step.
+        whole(): whether it can go on from there; a checkpoint, and the end that a signal asks for, wait until it can.
         """
         self.state, self.whole = state, lambda: self.step == n_steps or whole()
         self.bar = self.processes.progress(total=n_steps, initial=self.step, desc=label, unit=unit)

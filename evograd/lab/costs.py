@@ -42,7 +42,7 @@ def flags_of(method: str) -> list[str]:
 
 
 def carried_on(trainer):
-    """A new Trainer as it is among many steps: its Radius is found, and a trajectory takes one pair in sixteen steps, none here."""
+    """A new Trainer as it is among many steps: its Radius is found, and most steps of a trajectory need no pair."""
     found = {"value": start(torch.finfo(torch.float32).eps), "retakes": 0, "age": 0, "run": LONGEST}
     if trainer.meta.trajectory is not None:
         trainer.meta.radius.load_state_dict(found)
