@@ -113,7 +113,7 @@ def kill(trainer):
         ("metaxl", ["--method", "target_only"]),
         ("rotation", ["--method", "trajectory", "--horizon", "3"]),
         ("label_noise_mwn", ["--method", "trajectory", "--horizon", "3"]),
-        ("cross_domain_fewshot", ["--method", "trajectory", "--horizon", "1"]),
+        ("cross_domain_fewshot", ["--method", "trajectory", "--horizon", "3"]),
         ("metaxl", ["--method", "trajectory", "--horizon", "3"]),
     ],
 )
