@@ -30,10 +30,10 @@ PLAIN = "fixed"
 
 def make_step(method, backbone, image_size, device, n_shot=5):
     """One step of a method on a batch of random pixels, a function of further settings of the estimator, if any."""
-    arguments = ["--method", method, "--data", "filelists", "--held-out", "cub", "--n-shot", str(n_shot)]
+    arguments = [*costs.flags_of(method), "--data", "filelists", "--held-out", "cub", "--n-shot", str(n_shot)]
     arguments += ["--backbone", backbone, "--image-size", str(image_size), "--device", str(device)]
     args = parse_args(arguments)
-    trainer = Trainer(args, N_CLASSES)
+    trainer = costs.carried_on(Trainer(args, N_CLASSES))
     seen, unseen = torch.randn(2, args.n_way, args.n_shot + args.n_query, 3, image_size, image_size, device=device)
     images = torch.randn(args.auxiliary_batch, 3, image_size, image_size, device=device)
     classes = torch.arange(args.auxiliary_batch, device=device) % N_CLASSES

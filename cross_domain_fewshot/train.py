@@ -53,6 +53,7 @@ METHODS = table(
     learned("finite_difference", around="step", inner_lr=1e-3),
     learned("neumann", inner_lr=1e-3),
     learned("conjugate_gradient"),
+    learned("trajectory", horizon=5),
     reads=("transform_lr",),
 )
 BY_DATA = {  # what depends on the data: the paper's settings, and small ones for glyphs
@@ -148,8 +149,9 @@ class Trainer:
         if self.meta.learns:
             self.meta_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.transform_lr, weight_decay=1e-8)
         for p in self.hyperparameters:
-            p.requires_grad_(False)
+            p.requires_grad_(self.meta.method.remembers)  # in other methods' steps no map is kept for them
         self.ordinary = processes.data_parallel(self.model, self.weights)  # the same parameters
+        self.trajectory = self.meta.trajectory_of(self.ordinary, self.optimizer, self.hyperparameters)
         self.draws = random.Random(args.seed)  # seeds of the transformations' noise, one a step
 
     def part(self, batch):
@@ -180,36 +182,54 @@ class Trainer:
         """
         own, whole = self.processes.divide(batch, self.args.share, self.part)
         (own_seen, own_unseen, images, classes), (seen, unseen, *_) = own, whole
-        own_loss, _ = self.losses(own_seen, own_unseen)
+        own_loss, val_loss = self.losses(own_seen, own_unseen)
         before = self.meta.remember(self.episodic.items())
         draw = self.draws.getrandbits(62)
+        shown = []  # the episode's loss
+
+        def total_loss(model):
+            with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.args.amp):
+                with self.meta.pattern(own is whole):
+                    loss = own_loss(model)
+                self.model.encoder.eval()  # the auxiliary loss sees no transformations, and leaves BatchNorm's statistics alone
+                shown.append(loss.detach())
+                return loss + auxiliary_weight * F.cross_entropy(model(images), classes)
 
         torch.manual_seed(draw)
+        if self.trajectory is not None:
+            self.remembered_step(total_loss, val_loss)
+            return self.processes.mean(shown[0])
         self.optimizer.zero_grad()
-        with torch.autocast(seen.device.type, torch.bfloat16, enabled=self.args.amp):
-            with self.meta.pattern(own is whole):
-                loss = own_loss(self.ordinary)
-            self.model.encoder.eval()  # the auxiliary loss sees no transformations, and leaves BatchNorm's statistics alone
-            total = loss + auxiliary_weight * F.cross_entropy(self.ordinary(images), classes)
-        total.backward()
+        total_loss(self.ordinary).backward()
         self.optimizer.step()
         self.processes.average_buffers(self.model)
 
         if self.meta.learns:
             self.optimizer.zero_grad()  # their memory is free for the candidates
             self.meta_step(*self.losses(seen, unseen), before, draw)
-        return self.processes.mean(loss.detach())
+        return self.processes.mean(shown[0])
+
+    def remembered_step(self, total_loss, val_loss):
+        """The model's update, which the trajectory makes, and that of γ and β where its horizon is reached."""
+        self.trajectory.step(total_loss)
+        self.processes.average_buffers(self.model)
+        if len(self.trajectory) == self.args.horizon:
+            self.optimizer.zero_grad()
+            self.learn(self.trajectory.hypergradient(val_loss))
 
     def meta_step(self, train_loss, val_loss, before, draw):
-        """The update of γ and β. In the model's own no map is kept for them.  draw: of the noise, for those around that update."""
+        """The update of γ and β.  draw: of the noise, for those around that update."""
         if self.meta.around:
             torch.manual_seed(draw)
         for p in self.hyperparameters:
             p.requires_grad_(True)
         problem = (train_loss, val_loss, self.model, self.hyperparameters)
-        result = self.meta(*problem, before, parameters=list(self.episodic), lr=self.args.lr)
-        for p, gradient in zip(self.hyperparameters, result.grads):
+        self.learn(self.meta(*problem, before, parameters=list(self.episodic), lr=self.args.lr))
+        for p in self.hyperparameters:
             p.requires_grad_(False)
+
+    def learn(self, result):
+        for p, gradient in zip(self.hyperparameters, result.grads):
             p.grad = gradient
         self.meta_optimizer.step()
 
@@ -359,7 +379,7 @@ def run(args, processes):
     }
     with keeper:
         batches = stream(steps, range(keeper.step, n_steps), n_workers, pin=args.device.type == "cuda")
-        for step in keeper.steps(n_steps, state, run_name(args), unit="episode"):
+        for step in keeper.steps(n_steps, state, run_name(args), "episode", lambda: trainer.meta.whole):
             epoch = step // args.episodes
             if step % args.episodes == 0:
                 losses = []

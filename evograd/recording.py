@@ -47,6 +47,7 @@ class Recording:
         self.trained = [p for p in problem.own.values() if p.requires_grad and all(p is not h for h in hyperparameters)]
         self.kinks, self.elementwise, self.away = kinks and every == 1, elementwise, Away.of(device, self.parameters.values())
         self.steps: list[Step] = []
+        self.counts, self.versions = None, None
         self.clear()
 
     def problem(self, train_loss: Closure, val_loss: Closure) -> Problem:
@@ -54,7 +55,7 @@ class Recording:
 
     def clear(self) -> None:
         self.steps.clear()
-        self.counts, self.versions, self.last, self.layouts = None, None, None, {}
+        self.last, self.layouts = None, {}
 
     @contextmanager
     def taken(self, val_loss: Closure) -> Iterator[Problem]:
@@ -214,10 +215,12 @@ class Recording:
         return [(t, t._version) for t in tensors]
 
     def _check_unchanged(self) -> None:
-        if not self.steps:
+        """Where no step is remembered they may, and the optimizer is asked anew how many it has made."""
+        now, before = self._versions(), self.versions or []
+        if len(now) == len(before) and all(a is b and v == w for (a, v), (b, w) in zip(now, before)):
             return
-        now = self._versions()
-        if len(now) == len(self.versions) and all(a is b and v == w for (a, v), (b, w) in zip(now, self.versions)):
+        self.counts = None
+        if not self.steps:
             return
         changed = {id(a) for (a, v), (b, w) in zip(now, self.versions) if a is not b or v != w}
         name = next((repr(name) for name, p in self.parameters.items() if id(p) in changed), None)

@@ -7,6 +7,7 @@
     python -m label_noise_mwn.compare --variants                    what channels last, torch.compile, CUDA graphs and autocast save
 
 A step is the weight net's update and the model's, on random images of CIFAR's size; "plain" is the model's update alone.
+"trajectory" has a horizon of one step, and is beyond its first ones: its radius is found.
 """
 
 from contextlib import nullcontext
@@ -41,7 +42,8 @@ def random_task(args, device):
 def makers(args, settings, device):
     """{method: function that makes its step on that device}"""
     task = random_task(args, device)  # outside of any fake mode
-    make = lambda method: Trainer(parse_args([*settings, "--device", str(device), "--method", method]), task).step
+    parsed = lambda method: parse_args([*settings, "--device", str(device), *costs.flags_of(method)])
+    make = lambda method: costs.carried_on(Trainer(parsed(method), task)).step
     return {"plain" if m == "cross_entropy" else m: partial(make, m) for m in ("cross_entropy", *args.methods)}
 
 
@@ -61,7 +63,8 @@ def variants(args, settings):
     chosen = {name: flags for name, flags in VARIANTS.items() if name != "cuda_graphs" or args.device.type == "cuda"}
     for method in ("cross_entropy", *args.methods):
         for variant, flags in chosen.items():
-            trainer = Trainer(parse_args([*settings, *flags, "--device", str(args.device), "--method", method]), task)
+            arguments = [*settings, *flags, "--device", str(args.device), *costs.flags_of(method)]
+            trainer = costs.carried_on(Trainer(parse_args(arguments), task))
             steps["plain" if method == "cross_entropy" else method, variant] = trainer.step
     times = seconds(steps, args.repeats, warmup=3, **cli.MEASURING)
     faster = {variant: {} for variant in chosen}

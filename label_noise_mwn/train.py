@@ -34,6 +34,8 @@ from .data import DATASETS, NOISES, data_fingerprint, load, make_task
 from .models import MODELS, weight_net
 
 # weight_input: whose losses the weight net sees: each candidate's own, as in the authors' code, or those of the model for all.
+# horizon: one step is as good as several here, and costs least.
+OF_WEIGHT_NET = ("meta_optimizer", "meta_lr", "normalize_weights")
 METHODS = table(
     baseline("cross_entropy"),
     learned("evograd", holds="weight_input", temperature=0.05, weight_input="candidate"),
@@ -44,8 +46,8 @@ METHODS = table(
     learned("finite_difference", around="step", holds="weight_input", weight_input="model"),
     learned("neumann", weight_input="model"),
     learned("conjugate_gradient", weight_input="model"),
-    reads=("meta_every", "meta_optimizer", "meta_lr", "normalize_weights"),
-)
+    reads=("meta_every", *OF_WEIGHT_NET),
+) | table(learned("trajectory", weight_input="model", horizon=1), reads=OF_WEIGHT_NET)
 CIFAR = dict(
     model="resnet32", epochs=60, meta_images=1000, val_images=1000, lr=0.1, crop_padding=4, flip=True,
     meta_optimizer="sgd", meta_lr=1e-3,
@@ -138,6 +140,7 @@ class Trainer:
         self.meta_random = torch.Generator(args.device).manual_seed(args.seed + 1)
         self.train_batches = batches(len(task.train), args.batch_size, self.random)
         self.meta_batches = batches(len(task.meta), args.batch_size, self.meta_random)
+        self.trajectory = self.meta.trajectory_of(self.ordinary, self.optimizer, list(self.weight_net.parameters()))
         self.n_steps = 0
 
     def batch(self):
@@ -164,6 +167,8 @@ class Trainer:
     def step(self):
         """One update of the weight net (if it is its turn) and one of the model. Returns the training loss."""
         own, batch = self.batch()
+        if self.trajectory is not None:
+            return self.remembered_step(*own)
         x, y, *_ = own
         meta_turn = self.meta.learns and self.n_steps % self.args.meta_every == 0
         if meta_turn and not self.meta.around:  # the paper's order
@@ -201,7 +206,29 @@ class Trainer:
             return F.cross_entropy(self.logits(model, x_meta), y_meta)
 
         problem = (train_loss, val_loss, self.model, list(self.weight_net.parameters()))
-        result = self.meta(*problem, before, held=sample_losses if known is None else known, lr=self.lr)
+        self.learn(self.meta(*problem, before, held=sample_losses if known is None else known, lr=self.lr))
+
+    def remembered_step(self, x, y, x_meta, y_meta):
+        """One update of the model, which the trajectory makes, and one of the weight net where its horizon is reached."""
+        known = []  # the samples' losses in the training step, which the weight net sees in later passes of it too
+
+        def train_loss(model):
+            with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.amp):
+                logits = model(x)
+            losses = F.cross_entropy(logits.float(), y, reduction="none")
+            if not known:
+                known.append(losses.detach())
+            return self.weighted_mean(losses, *known)  # of several processes each divides by the weights of its own part
+
+        loss = self.trajectory.step(train_loss)
+        self.processes.average_buffers(self.model)
+        if len(self.trajectory) == self.args.horizon:
+            self.optimizer.zero_grad()  # their memory is free for the candidates
+            self.learn(self.trajectory.hypergradient(lambda model: F.cross_entropy(model(x_meta), y_meta)))
+        self.n_steps += 1
+        return self.processes.mean(loss)
+
+    def learn(self, result):
         for p, gradient in zip(self.weight_net.parameters(), result.grads):
             p.grad = gradient
         self.meta_optimizer.step()
@@ -345,7 +372,7 @@ def run(args, processes):
     with keeper:
         if len(curves["train_loss"]) > len(curves["val_accuracy"]):  # the run was stopped while it evaluated
             evaluate(len(curves["train_loss"]))
-        for step in keeper.steps(args.epochs * steps_an_epoch, state, label):
+        for step in keeper.steps(args.epochs * steps_an_epoch, state, label, whole=lambda: trainer.meta.whole):
             losses.append(trainer.step())
             if (step + 1) % steps_an_epoch:
                 continue
@@ -385,12 +412,14 @@ def finish(keeper, label, trainer, task, metrics):
     if auc is not None and auc < 0.5:
         print(f"{label}: the weights are larger for wrong labels than for right ones. Another --meta-lr or more epochs may help.")
     trainer.args.log_quality = None
+    n = trainer.args.horizon or 1  # of them one has a meta-update
 
-    def step_alone():
-        keeper.look()
-        return trainer.step()
+    def steps_alone():
+        for _ in range(n):
+            keeper.look()
+            trainer.step()
 
-    keeper.record(metrics, {}, lambda: step_cost(measure(step_alone, repeats=5, warmup=1)))
+    keeper.record(metrics, {}, lambda: step_cost(measure(steps_alone, repeats=5, warmup=1), n))
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ def random_batch(n, length, n_ids, device):
 
 def step_of(method, make_encoder, length, batch_size, device):
     """One step of a method, on an encoder of its own, as a function without arguments."""
-    args = parse_args(["--method", method, "--device", str(device)])
+    args = parse_args([*costs.flags_of(method), "--device", str(device)])
     seed_everything(1)
     encoder = make_encoder()
     depth, n_ids = encoder.config.num_hidden_layers, encoder.config.vocab_size
     with torch.device(device):
         model = Tagger(encoder, N_LABELS, () if method == "joint_training" else (depth,))
-    trainer = Trainer(args, model.train(), n_steps=100)
+    trainer = costs.carried_on(Trainer(args, model.train(), n_steps=100))
     half = batch_size if method == "joint_training" else batch_size // 2
     step = Step(*(random_batch(n, length, n_ids, device) for n in (batch_size, half)), None)
     if method != "joint_training":

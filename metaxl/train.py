@@ -36,6 +36,7 @@ from .models import Tagger, encoder_fingerprint, encoder_name, load_encoder, lon
 # rtn_input: what RTNs see in the training loss of the candidates: what reaches them in each, or what did in the model, for all.
 # It is detached, so T1-T2 takes it as a constant; candidates that see their own differ in it.
 # inner_lr, η: where the lookahead is given it is only the scale of the hypergradient; the others take the model's learning rate.
+OF_RTN = ("rtn_lr", "rtn_layers")
 METHODS = table(
     baseline("joint_training"),
     baseline("target_only"),
@@ -47,8 +48,9 @@ METHODS = table(
     learned("finite_difference", around="step", holds="rtn_input", inner_lr=0.1, perturb="all", rtn_input="model"),
     learned("neumann", perturb="all"),
     learned("conjugate_gradient", perturb="all"),
-    reads=("perturb", "rtn_lr", "rtn_layers"),
-)
+    reads=("perturb", *OF_RTN),
+) | table(learned("trajectory", perturb="all", rtn_input="model", horizon=5), reads=OF_RTN)
+CLIP = 10.0  # norm of the gradients
 # By data set: languages, encoder, epochs (of the source sentences), sentences, longest sentence, learning rates of θ and of λ.
 REAL = dict(source="en", encoder="xlm-roberta-base", epochs=20, source_size=5000, max_length=200, lr=3e-5, rtn_lr=1e-6)
 TOY = dict(source="north", encoder="tiny", epochs=5, source_size=1000, max_length=64, lr=1e-3, rtn_lr=1e-3)
@@ -153,9 +155,12 @@ class Trainer:
         if self.meta.learns:
             # T1-T2 hypergradients of an inner step of 3e-5 are no larger than Adam's usual eps, which would hold the RTN still.
             self.meta_optimizer = torch.optim.Adam(self.hyperparameters, lr=args.rtn_lr, eps=1e-15)
+        self.trajectory = self.meta.trajectory_of(self.ordinary, self.optimizer, self.hyperparameters)
 
     def step(self, step):
         """The model's update, then the RTN's. Returns the training loss."""
+        if self.trajectory is not None:
+            return self.remembered_step(step)
         own, step = self.processes.divide(step, self.args.share, self.part)
         before = self.meta.remember(self._named("" if self.meta.compares else self.perturbed))
         held = self.rtn_inputs(step.source) if self.meta.holds and own is not step else None
@@ -163,26 +168,50 @@ class Trainer:
 
         with self.meta.pattern(own is step and self.args.accumulate == 1 and not self.perturbed):
             loss = self.backward(own, seen)
-        torch.nn.utils.clip_grad_norm_(self.theta, 10.0)
+        torch.nn.utils.clip_grad_norm_(self.theta, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
 
         if self.meta.learns:
-            result = self.hypergradient(step, before, held if seen is None else self.whole_batch(seen))
-            for p, gradient in zip(self.hyperparameters, result.grads):
-                p.grad = gradient
-            self.meta_optimizer.step()
+            self.learn(self.hypergradient(step, before, held if seen is None else self.whole_batch(seen)))
         self.n_steps += 1
         return self.processes.mean(loss)
+
+    def remembered_step(self, step):
+        """The model's update, which the trajectory makes, and the RTN's where its horizon is reached."""
+        own, _ = self.processes.divide(step, self.args.share, self.part)
+        self.processes.seed(self.args.seed, self.n_steps)  # of the dropout
+        parts = self.parts(own)
+
+        def loss_on(part, transform):
+            seen = []  # by the RTNs in the training step, and held in later passes of it
+
+            def part_loss(model):
+                held, record = (self.whole_batch(seen), None) if seen else (None, seen)
+                with torch.autocast(part.labels.device.type, torch.bfloat16, enabled=self.args.amp):
+                    return len(parts) * cross_entropy(model(part, transform, held, record), part)
+
+            return part_loss
+
+        with self.model.checkpointing(self.args.gradient_checkpointing):
+            loss = self.trajectory.step([loss_on(*part) for part in parts], clip_norm=CLIP)
+        self.schedule.step()
+        if len(self.trajectory) == self.args.horizon:
+            self.optimizer.zero_grad()
+            self.learn(self.trajectory.hypergradient(lambda model: cross_entropy(model(own.val), own.val)))
+        self.n_steps += 1
+        return self.processes.mean(loss)
+
+    def learn(self, result):
+        for p, gradient in zip(self.hyperparameters, result.grads):
+            p.grad = gradient
+        self.meta_optimizer.step()
 
     def backward(self, step, record):
         """Gradients by θ of the loss on source and target sentences, --accumulate parts at a time. Returns the loss."""
         self.processes.seed(self.args.seed, self.n_steps)  # of the dropout
-        chosen = [(step.target, False)]
-        if self.args.method != "target_only":
-            chosen.insert(0, (step.source, self.meta.learns))
-        parts = [(part, transform) for batch, transform in chosen for part in batch.split(self.args.accumulate)]
+        parts = self.parts(step)
         loss = torch.zeros((), device=step.target.labels.device)
         for i, (part, transform) in enumerate(parts, start=1):
             checkpointing = self.model.checkpointing(self.args.gradient_checkpointing)
@@ -192,6 +221,13 @@ class Trainer:
                 part_loss.backward(inputs=self.theta)
             loss += part_loss.detach()
         return loss
+
+    def parts(self, step):
+        """(what trains, whether it is transformed), --accumulate parts of each. The sum of their losses is the training loss."""
+        chosen = [(step.target, False)]
+        if self.args.method != "target_only":
+            chosen.insert(0, (step.source, self.meta.learns))
+        return [(part, transform) for batch, transform in chosen for part in batch.split(self.args.accumulate)]
 
     def part(self, step):
         """This process's sentences; the mean over all processes of the losses on them is that on the whole batches."""
@@ -500,7 +536,7 @@ def run(args, processes):
     with keeper:
         if len(seen["losses"]) > len(seen["dev_f1"]):  # the run was stopped while it evaluated
             evaluate(len(seen["losses"]))
-        for step in keeper.steps(n_steps, state, what):
+        for step in keeper.steps(n_steps, state, what, whole=lambda: trainer.meta.whole):
             seen["epoch_losses"].append(trainer.step(next(data)))
             if (step + 1) % steps_an_epoch:
                 continue
@@ -543,6 +579,8 @@ def tested(trainer, score, seen):
     """Test F1 of the parameters that dev F1 chose, which the model has afterwards."""
     model = trainer.model
     trained = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
+    if trainer.trajectory is not None:
+        trainer.trajectory.clear()  # of steps since the last meta-update, which led elsewhere
     model.load_state_dict(seen["best"])
     try:
         found = {"test_f1": score("test"), "dev_f1": max(dev_f1(seen)), "best_epoch": seen["best_epoch"]}
@@ -561,12 +599,16 @@ def finish(keeper, what, trainer, data, n_steps, metrics):
         print(f"{what}: nothing was found rightly: nothing was learned. More --epochs or another --lr may help.")
     trainer.args.log_quality = None
 
-    def step_alone():
-        keeper.look()
-        return trainer.step(next(data))
+    n = trainer.args.horizon or 1  # steps of which one has a meta-update
 
-    measures = {"peak_bytes": peak_bytes, "flops": flops, "launches": launches}
-    costs = lambda: {name: measured(step_alone) for name, measured in measures.items()}
+    def steps_alone():
+        for _ in range(n):
+            keeper.look()
+            trainer.step(next(data))
+
+    counts = {"flops": flops, "launches": launches}
+    each = lambda: {name: counted(steps_alone) // n for name, counted in counts.items()}
+    costs = lambda: {"peak_bytes": peak_bytes(steps_alone), **each()}
     keeper.record(metrics, {"seconds_per_step": keeper.clock.seconds / n_steps}, costs)
 
 

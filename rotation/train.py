@@ -37,6 +37,7 @@ METHODS = table(
     learned("finite_difference", around="step", inner_lr=0.1),
     learned("neumann", inner_lr=1e-3),
     learned("conjugate_gradient"),
+    learned("trajectory", horizon=1),
 )
 TESTED = {"accuracy_rotated": TRUE_ANGLE, "accuracy_upright": 0}  # how the test images are turned
 EPOCHS = {"digits": 20, "mnist": 5}  # of 7 and 312 steps
@@ -69,6 +70,7 @@ class Trainer:
         self.angle = torch.zeros((), device=args.device, requires_grad=True)
         self.optimizer = optimizer(torch.optim.Adam, self.model.parameters(), lr=args.lr)
         self.meta_optimizer = torch.optim.Adam([self.angle], lr=args.angle_lr)
+        self.trajectory = self.meta.trajectory_of(self.ordinary, self.optimizer, [self.angle])
         # Its own, on the device: every method sees the same batches, and no index has to be sent there.
         self.random = torch.Generator(args.device).manual_seed(args.seed)
         self.train_batches = batches(len(train), args.batch_size, self.random)
@@ -95,6 +97,12 @@ class Trainer:
         own, batch = self.batch()
         own_loss, _ = self.losses(*own)
         train_loss, val_loss = self.losses(*batch)
+        if self.trajectory is not None:  # which makes the update, and remembers it
+            loss = self.trajectory.step(train_loss)
+            if len(self.trajectory) == self.args.horizon:
+                self.optimizer.zero_grad()
+                self.learn(self.trajectory.hypergradient(val_loss))
+            return self.processes.mean(loss)
         before = self.meta.remember(self.model.named_parameters())
 
         with self.meta.pattern(own is batch):
@@ -104,10 +112,12 @@ class Trainer:
         self.optimizer.zero_grad()  # their memory is free for the candidates
 
         if self.meta.learns:
-            result = self.meta(train_loss, val_loss, self.model, [self.angle], before, lr=self.args.lr)
-            self.angle.grad = result.grads[0]
-            self.meta_optimizer.step()
+            self.learn(self.meta(train_loss, val_loss, self.model, [self.angle], before, lr=self.args.lr))
         return self.processes.mean(loss.detach())
+
+    def learn(self, result):
+        self.angle.grad = result.grads[0]
+        self.meta_optimizer.step()
 
     def parts(self):
         """What a checkpoint holds, by the names that it has there."""
@@ -187,16 +197,19 @@ def run(args, processes):
     }
     label = f"rotation {args.data} {args.method} seed {args.seed}"
     with keeper:
-        for step in keeper.steps(n_steps, state, label):
+        for step in keeper.steps(n_steps, state, label, whole=lambda: trainer.meta.whole):
             losses.append(trainer.step())
             angles.append(trainer.angle.detach().clone())
             if step % 50 == 0 or step + 1 == n_steps:
                 angle = {"angle": math.degrees(angles[-1].item())} if trainer.meta.learns else {}
                 keeper.show(loss=keeper.mean(losses[-50:]), **angle)
 
-        def step():
-            keeper.look()
-            return trainer.step()
+        n = args.horizon or 1  # steps of which one has a meta-update
+
+        def steps():
+            for _ in range(n):
+                keeper.look()
+                trainer.step()
 
         with keeper.paused():
             found = {name: accuracy(trainer.model, *rotated(test, angle), keeper.look) for name, angle in TESTED.items()}
@@ -209,7 +222,7 @@ def run(args, processes):
             print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
             cli.say_if_chance(label, max(found.values()), test.labels.tolist(), "A lower --lr or more --epochs may help.")
             args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
-            keeper.record(metrics, {}, lambda: step_cost(measure(step, repeats=5, warmup=1)))
+            keeper.record(metrics, {}, lambda: step_cost(measure(steps, repeats=5, warmup=1), n))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ CASES = {
             ["--n-candidates", "mixed_mode does not read it", "these do: evograd"],
         ),
         (["--method", "evograd_guided", "--n-candidates", "4"], ["--n-candidates", "evograd_guided does not read it"]),
+        (["--method", "evograd_guided", "--horizon", "5"], ["--horizon", "evograd_guided does not read it", "trajectory"]),
+        (["--method", "trajectory", "--log-quality", "5"], ["--log-quality", "trajectory does not read it"]),
         (["--method", "mixed_mode", "--radius", "0.1"], ["--radius", "mixed_mode does not read it", "evograd_guided"]),
         (["--method", "baseline", "--inner-lr", "0.5"], ["--inner-lr", "baseline does not read it", "second_order"]),
         (["--checkpoint-every", "0"], ["--checkpoint-every", "0 given", "at least 1"]),

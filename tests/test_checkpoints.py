@@ -111,6 +111,10 @@ def kill(trainer):
         ("cross_domain_fewshot", ["--method", "none"]),
         ("metaxl", ["--method", "evograd_guided"]),
         ("metaxl", ["--method", "target_only"]),
+        ("rotation", ["--method", "trajectory", "--horizon", "3"]),
+        ("label_noise_mwn", ["--method", "trajectory", "--horizon", "3"]),
+        ("cross_domain_fewshot", ["--method", "trajectory", "--horizon", "3"]),
+        ("metaxl", ["--method", "trajectory", "--horizon", "3"]),
     ],
 )
 def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, extra, tmp_path, at_step, capsys):
@@ -121,13 +125,14 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, e
     again = arguments(experiment, tmp_path / "stopped", *extra, "--checkpoint-every", "2", "--resume")
     at_step(experiment, {})
     main(arguments(experiment, tmp_path / "whole", *extra))
+    every = max(2, int(extra[-1])) if "--horizon" in extra else 2  # a checkpoint waits for the end of a trajectory
     done = 0
     for _ in range(3):
         n = draw.randint(1, (N_STEPS[experiment] - done) // 2)
         at_step(experiment, {n: kill})
         with pytest.raises(Killed):
             main(again)
-        done += (done + n - 1) // 2 * 2 - done  # the last checkpoint before the step that was not finished
+        done += (done + n - 1) // every * every - done  # the last checkpoint before the step that was not finished
     at_step(experiment, {})
     main(again)
     printed = capsys.readouterr().out
@@ -137,6 +142,22 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_is_not(experiment, e
     assert metrics == expected
     assert content["step"] == N_STEPS[experiment]
     assert_equal(content, whole)
+
+
+def test_a_signal_waits_for_the_end_of_a_trajectory(tmp_path, at_step, capsys):
+    flags = ["--method", "trajectory", "--horizon", "4"]
+    main = module("rotation").main
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    at_step("rotation", {})
+    main(arguments("rotation", tmp_path / "whole", *flags))
+    at_step("rotation", {6: lambda trainer: signal.raise_signal(signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        main(arguments("rotation", tmp_path / "stopped", *flags))
+    assert "stopped by SIGTERM after step 8 of 14" in capsys.readouterr().err
+    at_step("rotation", {})
+    main(arguments("rotation", tmp_path / "stopped", *flags, "--resume"))
+    assert result(tmp_path / "stopped")[0] == result(tmp_path / "whole")[0]
 
 
 def main_without_cost(arguments):

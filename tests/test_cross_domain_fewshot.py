@@ -232,7 +232,8 @@ def run(tmp_path, method, *extra):
 def trained(tmp_path_factory):
     """A folder with a run of each method."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, {method: run(folder, method) for method in train.METHODS}
+    flags = {"trajectory": ["--horizon", "4"]}
+    return folder, {method: run(folder, method, *flags.get(method, [])) for method in train.METHODS}
 
 
 def file_of(folder, method):

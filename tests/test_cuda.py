@@ -47,6 +47,7 @@ NAMES = ["rotation", "label_noise", "fewshot", "crosslingual"]
 METHODS = {f"{name}-{method}": (script, method) for name, script in zip(NAMES, SMALL) for method in script.METHODS}
 
 IN_A_STEP = {"evograd/host/result.py check_finite": 1}
+WITH_PAIRS = {**IN_A_STEP, "evograd/products.py _by_pairs": 3}  # and where one shows the radius, twice again at most
 WITH_QUALITY = {name: 1000 for name in ("evograd/host/result.py check_finite", "evograd/lab/quality.py add")}
 OUTSIDE = {
     # losses as they are shown; before each checkpoint and after the last step; the training loss, for the record
@@ -154,7 +155,8 @@ def run(tmp_path, capsys):
 @pytest.mark.parametrize(("script", "method"), METHODS.values(), ids=METHODS)
 def test_every_method_of_every_script(script, method, run):
     flags = ["--inner-steps", "2"] if method in ("neumann", "conjugate_gradient") else []
-    record = run(script, method, *flags)
+    flags += ["--horizon", "1"] if method == "trajectory" else []
+    record = run(script, method, *flags, in_a_step=WITH_PAIRS if method == "trajectory" else IN_A_STEP)
     assert record["config"]["device"] == "cuda" if script is not fewshot else "device" not in record["config"]
     assert record["environment"]["device"] == "pretended"
 

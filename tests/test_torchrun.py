@@ -67,6 +67,9 @@ def three_steps(experiment, method, extra, processes, share=None):
     trainer, step = make_step(experiment, method, extra, processes)
     if share:
         trainer.args.share = share
+    if trainer.trajectory is not None:  # through Adam's first steps small gradients' rounding would be seen
+        for group in trainer.optimizer.param_groups:
+            group["eps"] = 1e-3  # which SGD does not read
     torch.manual_seed(5)
     losses = [step() for _ in range(3)]
     owner = {"rotation": lambda: [trainer.angle], "label_noise_mwn": lambda: list(trainer.weight_net.parameters())}
@@ -95,16 +98,19 @@ CASES = [
     ("rotation", "evograd_guided", FAR),
     ("rotation", "mixed_mode", ()),
     ("rotation", "second_order", ()),
+    ("rotation", "trajectory", ("--horizon", "3", *FAR)),
     ("label_noise_mwn", "cross_entropy", ()),
     ("label_noise_mwn", "evograd", ("--share", "candidates", *WIDE)),
     ("label_noise_mwn", "evograd", ("--share", "candidates", "--weight-input", "model", *WIDE)),
     ("label_noise_mwn", "evograd", ("--share", "batch", "--no-normalize-weights", *WIDE)),
     ("label_noise_mwn", "evograd_guided", FAR),
+    ("label_noise_mwn", "trajectory", ("--horizon", "3", "--no-normalize-weights", *FAR)),
     ("label_noise_mwn", "mixed_mode", ()),
     ("label_noise_mwn", "finite_difference", ()),
     ("cross_domain_fewshot", "none", FEW_SHOT),
     ("cross_domain_fewshot", "evograd", ("--share", "batch", *FEW_SHOT, *WIDE)),
     ("cross_domain_fewshot", "evograd_guided", (*FEW_SHOT, *FAR)),
+    ("cross_domain_fewshot", "trajectory", ("--horizon", "3", *FEW_SHOT, *FAR)),
     ("cross_domain_fewshot", "mixed_mode", FEW_SHOT),
     ("cross_domain_fewshot", "second_order", FEW_SHOT),
     ("metaxl", "joint_training", (*METAXL, "--accumulate", "2")),
@@ -113,6 +119,7 @@ CASES = [
     ("metaxl", "evograd", ("--share", "candidates", *METAXL, *WIDE)),
     ("metaxl", "evograd", ("--share", "batch", "--perturb", "all", *METAXL, *WIDE)),
     ("metaxl", "evograd_guided", (*METAXL, *FAR)),
+    ("metaxl", "trajectory", ("--horizon", "3", *METAXL, *FAR)),
     ("metaxl", "mixed_mode", METAXL),
     ("metaxl", "second_order", METAXL),
 ]

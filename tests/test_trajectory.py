@@ -19,10 +19,12 @@ from torch import nn
 import evograd
 from evograd import measuring
 from evograd.host.away import Away
+from evograd.lab.processes import ALONE
 from evograd.optimizers import UPDATES
 
 from .forked import CONTEXT, server
 from .problems import Tied
+from .test_torchrun import FEW_SHOT, METAXL, make_step
 
 D, C, BATCH, DTYPE = 5, 3, 8, torch.float64
 SGD, ADAM, ADAMW, RMSPROP, ADAGRAD = UPDATES
@@ -777,3 +779,32 @@ def test_two_processes_give_what_one_gives(processes, host, optimizer, every, si
         grads, settings = seen[host, optimizer, every, sides]
         assert error(grads, result.grads) < (1e-7 if sides == 2 else 1e-3)
         assert error(settings, {n: t for group in result.settings for n, t in group.items()}) < (1e-6 if sides == 2 else 1e-3)
+
+
+# --- the experiments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("experiment", "extra"), [("rotation", ()), ("label_noise_mwn", ()), ("cross_domain_fewshot", FEW_SHOT), ("metaxl", METAXL)]
+)
+def test_experiments_train_as_ever_and_find_the_exact_hypergradient(experiment, extra):
+    """Their losses hold what they detach, and draw what they drew: else passes beside θ would be of another problem."""
+    thetas, found = [], []
+    for method, flags in {"evograd_guided": (), "trajectory": ("--horizon", "3")}.items():
+        trainer, step = make_step(experiment, method, (*extra, *flags), ALONE)
+        torch.manual_seed(5)
+        step()
+        thetas.append([p.detach().clone() for group in trainer.optimizer.param_groups for p in group["params"]])
+    for a, b in zip(*thetas, strict=True):
+        assert torch.equal(a, b)
+    for by in ("guided", "mixed_mode"):
+        trainer, step = make_step(experiment, "trajectory", (*extra, "--horizon", "3"), ALONE)
+        of = trainer.trajectory.recording
+        trainer.trajectory = evograd.Trajectory(of.model, of.optimizer, of.lam.tensors, by=by)
+        torch.manual_seed(5)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Adam's first steps
+            [step() for _ in range(3)]
+        found.append(torch.cat([h.grad.flatten() for h in of.lam.tensors]))
+    assert torch.cosine_similarity(*found, dim=0) > 0.999
+    assert found[0].norm() == pytest.approx(found[1].norm().item(), rel=0.02)

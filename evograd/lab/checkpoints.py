@@ -220,7 +220,7 @@ class Keeper:
         self.step = 0  # steps done
         self.saved = None  # the step of the checkpoint that is there
         self.within = self.recorded = False  # between `steps`' yield and the next; the result line is there
-        self.bar = None
+        self.bar, self.whole = None, lambda: True
         self.signals, self.clock = Signals(), Clock()
         self.board = None
 
@@ -328,25 +328,37 @@ class Keeper:
             self._end(128 + self.signals.received, f"stopped by {self.signals.name}. The result is in {self.args.out}.")
         self._stopped(f"in step {self.step + 1}" if self.within else f"after step {self.step}")  # a step's middle is lost
 
-    def steps(self, n_steps: int, state: Callable[[], dict], label: str, unit: str = "step") -> Iterator[int]:
+    def steps(
+        self,
+        n_steps: int,
+        state: Callable[[], dict],
+        label: str,
+        unit: str = "step",
+        whole: Callable[[], bool] = lambda: True,
+    ) -> Iterator[int]:
         """Step numbers up to n_steps, from where the run stands, with a progress bar.
 
         state(): what the run needs to go on after a whole step.
+        whole(): whether it can go on from there; a checkpoint, and the end that a signal asks for, wait until it can.
         """
-        self.state = state
+        self.state, self.whole = state, lambda: self.step == n_steps or whole()
         self.bar = self.processes.progress(total=n_steps, initial=self.step, desc=label, unit=unit)
         if self.found:
             restore_random_states(self.found["random"])
             self.found.clear()
-        every = self.args.checkpoint_every
+        every, due = self.args.checkpoint_every, False
         for step in range(self.step, n_steps):
             self.within = True
             yield step
             self.within = False
             self.bar.update()
             self.step = step + 1
-            if self.step % every == 0 or (self.step == n_steps and (self.keep or n_steps > every)):
+            due = due or self.step % every == 0 or (self.step == n_steps and (self.keep or n_steps > every))
+            if not self.whole():
+                continue
+            if due:
                 self._save(state())
+                due = False
             asked = self.processes.largest(self.signals.received or 0)
             if asked:
                 self.signals.received = asked
@@ -373,7 +385,7 @@ class Keeper:
         Several processes call it equally often: they leave at the same place.
         """
         self.signals.received = self.processes.largest(self.signals.received or 0) or None
-        if self.signals.received:
+        if self.signals.received and self.whole():
             raise Interrupted
 
     @contextmanager

@@ -175,6 +175,12 @@ def add_evograd_arguments(parser: argparse.ArgumentParser) -> None:
         help="SGD steps of second_order (default 1), terms of neumann, iterations of conjugate_gradient (default 5)",
     )
     group.add_argument(
+        "--horizon",
+        type=at_least(1),
+        metavar="N",
+        help="training steps that trajectory goes back through, with a meta-update after each N of them; default: by method",
+    )
+    group.add_argument(
         "--share",
         choices=SHARES,
         help="what torchrun's processes divide in evograd's meta-step; default: batch, the faster one",

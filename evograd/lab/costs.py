@@ -15,7 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..measuring import Cost, Step, compare_made, counts, seconds
+from ..radius import LONGEST, start
 from . import cli
+from .methods import ESTIMATORS
 from .records import find_run, given
 from .tables import named
 
@@ -31,6 +33,20 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
         help="a case of the paper's cost figures: on a CPU count bytes and FLOPs on tensors without values, and take the time "
         "where by FLOPs no step takes more than a minute; do nothing if --out has the case",
     )
+
+
+def flags_of(method: str) -> list[str]:
+    """Of a training script whose every step is to cost the same."""
+    reads = ESTIMATORS[method].reads if method in ESTIMATORS else ()
+    return ["--method", method, *(["--horizon", "1"] if "horizon" in reads else [])]
+
+
+def carried_on(trainer):
+    """A new Trainer as it is among many steps: its Radius is found, and most steps of a trajectory need no pair."""
+    found = {"value": start(torch.finfo(torch.float32).eps), "retakes": 0, "age": 0, "run": LONGEST}
+    if trainer.meta.trajectory is not None:
+        trainer.meta.radius.load_state_dict(found)
+    return trainer
 
 
 def check_argument(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ TITLES = {
     "finite_difference": "finite differences",
     "neumann": "Neumann series",
     "conjugate_gradient": "conjugate gradients",
+    "trajectory": "trajectory",
 }
 
 

@@ -7,7 +7,8 @@
     )
 
 `--method` accepts the table's names, and refuses the flags that a method does not read; `defaults` fills in what was not
-given; `MetaStep` is a method with the settings of a run, to be called in the script's step.
+given; `MetaStep` is a method with the settings of a run, to be called in the script's step. The method "trajectory" makes the
+script's steps itself, see `MetaStep.trajectory_of`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..hypergradient import hypergradient
 from ..mixed_mode import mixed_mode
 from ..operations.kinks import Kinks
 from ..radius import Radius
+from ..trajectory import Trajectory
 from .processes import ALONE, Processes
 from .quality import QualityLog
 
@@ -75,10 +77,12 @@ ESTIMATORS = {
     "conjugate_gradient": Estimator(
         partial(conjugate_gradient, damping=DAMPING), ("inner_steps",), {"inner_steps": "n_iterations"}
     ),
+    "trajectory": Estimator(Trajectory, ("radius", "horizon", "share"), first_order=True, shares=("batch",)),
 }
 
 
-MAIN = ("evograd", "evograd_guided", "mixed_mode", "second_order", "second_order_functional")  # that costs are compared of
+# that costs are compared of
+MAIN = ("evograd", "evograd_guided", "mixed_mode", "second_order", "second_order_functional", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class Method:
     around: str | None = None
     holds: str | None = None
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it goes back through the run's own steps, and makes none of its own."""
+        return self.estimator is not None and self.estimator.function is Trajectory
+
 
 def baseline(name: str) -> Method:
     """A method that learns no hyperparameters."""
@@ -113,7 +122,8 @@ def learned(
     """The method of that name in ESTIMATORS. reads: settings of the script that it reads, beside those of its estimator."""
     estimator = ESTIMATORS[name]
     held = () if holds is None else (holds,)
-    return Method(name, estimator, (*estimator.reads, "log_quality", *reads, *held), defaults, around, holds)
+    logged = () if estimator.function is Trajectory else ("log_quality",)  # it compares estimates of one step
+    return Method(name, estimator, (*estimator.reads, *logged, *reads, *held), defaults, around, holds)
 
 
 def table(*methods: Method, reads: Sequence[str] = ()) -> dict[str, Method]:
@@ -158,8 +168,31 @@ class MetaStep:
         self.holds = method.holds is not None and getattr(args, method.holds) == "model"
         self.around = method.around or ("before" if self.holds else None)
         self.quality, self.n_calls = QualityLog(args.seed), 0
-        self.radius, self.kinks = Radius(), None  # of guided: what its calls carry over, and the pattern of the step that was made
-        self.estimator = self._estimator() if self.learns else None
+        self.radius = Radius()  # that guided and trajectory carry over
+        self.kinks = None  # of guided: the pattern of the step that was made
+        self.estimator = self._estimator() if self.learns and not method.remembers else None
+        self.trajectory: Trajectory | None = None
+
+    def trajectory_of(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, hyperparameters: Sequence[Tensor]
+    ) -> Trajectory | None:
+        """What makes the run's steps, and a hypergradient of each args.horizon of them; None for other methods.
+
+            if self.trajectory is not None:
+                loss = self.trajectory.step(train_loss)
+                if len(self.trajectory) == self.args.horizon:
+                    result = self.trajectory.hypergradient(val_loss)
+
+        model: that of the ordinary step, which several processes share.
+        """
+        if self.method.remembers:
+            self.trajectory = Trajectory(model, optimizer, hyperparameters, radius=self.args.radius or self.radius)
+        return self.trajectory
+
+    @property
+    def whole(self) -> bool:
+        """Whether a run can go on from here by its state: of steps that are remembered there is none."""
+        return not self.trajectory
 
     def _estimator(self) -> Callable[..., Hypergradient]:
         estimator = self.method.estimator

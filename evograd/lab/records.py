@@ -53,9 +53,10 @@ def environment(device: torch.device | str) -> dict:
     }
 
 
-def step_cost(cost: Cost) -> dict:
-    """What a record says of the cost of one step."""
-    return {"seconds_per_step": cost.seconds, "peak_bytes": cost.peak_bytes, "flops": cost.flops, "launches": cost.launches}
+def step_cost(cost: Cost, n_steps: int = 1) -> dict:
+    """What a record says of the cost of one step, where that of n_steps was measured."""
+    each = {"seconds_per_step": cost.seconds / n_steps, "flops": cost.flops // n_steps, "launches": cost.launches // n_steps}
+    return {"peak_bytes": cost.peak_bytes, **each}
 
 
 def append_run(path: str | Path, experiment: str, config: dict, metrics: dict, cost: dict, device: torch.device | str) -> dict:
