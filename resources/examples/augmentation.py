@@ -71,12 +71,12 @@ def train(strengths, seed, steps, splits, lr=LR, momentum=MOMENTUM, learn=None, 
         train_loss = lambda m: F.cross_entropy(m(augment(x, logs.exp())), y)
         val_loss = lambda m: F.cross_entropy(m(x_val), y_val)
         result = None
-        if n:
+        if n:  # a step of the optimizer
             trajectory.step(train_loss)
             result = trajectory.hypergradient(val_loss) if len(trajectory) == n else None
         elif learn:
             result = evograd.guided(train_loss, val_loss, model, [logs], inner_lr=lr)
-        if result:
+        if result is not None:
             logs.grad = result.grads[0]
             meta_optimizer.step()
             bar.set_postfix_str(" ".join(f"{n} {s:.2f}" for n, s in zip(NAMES, logs.exp())), refresh=False)
@@ -115,8 +115,8 @@ def main(argv=None):
     parser.add_argument("--out", type=writable, help="JSON-lines file that result lines are appended to")
     args = parser.parse_args(argv)
     own = (args.seed, args.steps, data(args.seed), args.lr, args.momentum)
-    methods = [(m, "guided" if m == "learned" else None) for m in args.methods] + [(f"N = {n}", n) for n in args.horizon]
-    for method, learn in methods:
+    methods = [(m, "guided" if m == "learned" else None) for m in METHODS if m in args.methods]
+    for method, learn in methods + [(f"N = {n}", n) for n in args.horizon]:
         start = time.perf_counter()
         if method == "random search":
             model, strengths = search(*own)
