@@ -102,9 +102,10 @@ def main(argv=None):
         (val_loss, test_loss), rates, decay = min(tried, key=lambda t: t[0][0])
         until = next((i + 1 for i, t in enumerate(tried) if t[0][0] <= best), None)  # as good as the grid's best
         best = val_loss
-        shown = " ".join(f"{rate:.4f}" for rate in rates)
-        print(f"{method:13} validation loss {val_loss:.4f}, test loss {test_loss:.4f}; learning rates {shown}, weight decay "
-              f"{decay:.1e}; {len(tried)} trainings, {seconds:.0f} s" + f"; as good as the grid after {until}" * (method != METHODS[0]))  # fmt: skip
+        shown = f"learning rates {' '.join(f'{rate:.4f}' for rate in rates)}, weight decay {decay:.1e}"
+        then = f"; as good as the grid after {until}" * (method != METHODS[0])
+        print(f"{method:13} validation loss {val_loss:.4f}, test loss {test_loss:.4f}; {shown}; "
+              f"{len(tried)} trainings, {seconds:.0f} s{then}")  # fmt: skip
         if args.out:
             config = {"method": method, "seed": args.seed, "steps": args.steps}
             metrics = {"val_loss": val_loss, "test_loss": test_loss, "rates": rates, "decay": decay, "trainings": len(tried)}
