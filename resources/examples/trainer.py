@@ -2,9 +2,9 @@
 
     python -m resources.examples.trainer                    needs peft and accelerate; five minutes on one CPU core
 
-The text is that of data_mixture: docstrings, code, shuffled code; target: docstrings of other modules. A GPT-2 is trained on all of
-it alike, then adapters of rank 8 are trained by AdamW, with gradients accumulated over two batches, clipped, under autocast to
-bfloat16. λ are three logits, the weights of the sources. After every 20 steps `evograd.Trajectory` goes back through them.
+The text is that of data_mixture: docstrings, code, shuffled code; target: docstrings of other modules. A GPT-2 is trained on
+all of it alike, then adapters of rank 8 are trained by AdamW, with gradients accumulated over two batches, clipped, under
+autocast to bfloat16. λ are three logits, the weights of the sources. `evograd.Trajectory` goes back through every 20 steps.
 To make it your own: take `LearningTrainer` as it is, with your `weighted_loss`, `val_loss` and λ.
 """
 
@@ -22,14 +22,14 @@ from evograd.lab.records import append_run  # result lines of this repository
 from resources.examples.data_mixture import NAMES, losses, new_model, sources, windows
 
 METHODS = ("uniform", "learned")
-BATCH, VAL_BATCH, ACCUMULATED, EVERY, WARM_UP = 12, 32, 2, 20, 20
+BATCH, VAL_BATCH, ACCUMULATED, EVERY, WARM_UP = 12, 128, 2, 20, 20
 BASE_LR, LR, META_LR = 3e-3, 3e-3, 0.3
 
 
 class LearningTrainer(Trainer):
     """A Trainer whose steps are remembered, and which moves λ after every so many of them.
 
-    weighted_loss: (model, inputs) -> the loss, in which λ is.  val_loss: of the model.  meta_optimizer: λ's, with λ its only one.
+    weighted_loss: (model, inputs) -> the loss, in which λ is.  val_loss: of the model.  meta_optimizer: of λ alone.
     """
 
     def __init__(self, *args, weighted_loss, val_loss, meta_optimizer, every=EVERY, warm_up=WARM_UP, **settings):
@@ -79,9 +79,8 @@ def base(seed, steps, texts):
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR)
     for _ in range(steps):
         optimizer.zero_grad()
-        losses(
-            model, torch.cat([windows(text, BATCH * ACCUMULATED // 3, generator) for text in texts.values()])
-        ).mean().backward()
+        batch = torch.cat([windows(text, BATCH * ACCUMULATED // 3, generator) for text in texts.values()])
+        losses(model, batch).mean().backward()
         optimizer.step()
     return model
 
@@ -97,21 +96,20 @@ def fine_tune(model, learn, seed, steps, data):
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["c_attn", "c_fc"], lora_dropout=0.0))
     logits = torch.zeros(len(NAMES), requires_grad=True)  # λ
     generator = torch.Generator().manual_seed(seed)
+    val_batch = windows(val, VAL_BATCH, generator)
 
     def weighted_loss(m, inputs):
         return (len(NAMES) * logits.softmax(0)[inputs["source"]] * losses(m, inputs["input_ids"])).mean()
 
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(per_device_train_batch_size=BATCH, gradient_accumulation_steps=ACCUMULATED, learning_rate=LR, seed=seed)
-        quiet = dict(
-            report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False
-        )
+        settings |= dict(report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
         trainer = LearningTrainer(
             model,
-            TrainingArguments(folder, max_steps=steps, bf16=True, use_cpu=True, **settings, **quiet),
+            TrainingArguments(folder, max_steps=steps, bf16=True, use_cpu=True, remove_unused_columns=False, **settings),
             train_dataset=Windows(texts, generator),
             weighted_loss=weighted_loss,
-            val_loss=lambda m: losses(m, windows(val, VAL_BATCH, generator)).mean(),
+            val_loss=lambda m: losses(m, val_batch).mean(),
             meta_optimizer=torch.optim.Adam([logits], lr=META_LR if learn else 0.0),
         )
         trainer.train()
