@@ -50,7 +50,7 @@ class LearningTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         (lam,) = self.meta_optimizer.param_groups[0]["params"]
         self.trajectory = self.trajectory or evograd.Trajectory(model, self.optimizer.optimizer, [lam])
-        value, self.waiting = self.trajectory.step(self.waiting, clip_norm=self.args.max_grad_norm), []
+        value, self.waiting = self.trajectory.step(self.waiting, clip_norm=self.args.max_grad_norm or None), []
         if self.state.global_step < self.warm_up:
             self.trajectory.clear()
         if len(self.trajectory) == self.every:
