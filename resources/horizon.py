@@ -31,12 +31,21 @@ CLASSES = {
     "learned": "guided, one step ahead",
     **THROUGH,
 }
+DRIVING = {  # of the weights of classes, through 20 steps
+    "as above: λ's learning rate 0.02 √20 = 0.09": {},
+    "λ's learning rate 0.02": dict(meta_lr=0.02),
+    "λ's learning rate 0.4": dict(meta_lr=0.4),
+    "0.1 times the entropy of the weights is added": dict(entropy=0.1),
+    "no weight below 0.1": dict(floor=0.1),
+    "no weight below 0.3": dict(floor=0.3),
+}
+FURTHER = ("lr", "momentum", "meta_lr", "entropy", "floor")  # settings, where they are others than by default
 RATES = {"learning rate 0.1": dict(lr=0.1, momentum=0.0), "learning rate 0.02, momentum 0.9": {}}
 
 
 def found(runs, experiment, method, **settings):
     """The metrics of that method, seed by seed."""
-    wanted = lambda c: {n: v for n, v in c.items() if n in ("lr", "momentum")} == settings and c["method"] == method
+    wanted = lambda c: {n: v for n, v in c.items() if n in FURTHER} == settings and c["method"] == method
     own = [run for run in runs if run["experiment"] == f"examples_{experiment}" and wanted(run["config"])]
     return [run["metrics"] for run in sorted(own, key=lambda run: run["config"]["seed"])]
 
@@ -79,6 +88,14 @@ def tables(runs):
         "test loss": (of("loss_weights", "test_loss"), 3),
         "weight of rare classes over that of the others": (of("loss_weights", "rare_over_frequent"), 1),
     }
+    of_driving = lambda name: lambda setting: of("loss_weights", name, **DRIVING[setting])("N = 20")
+    spread = lambda setting: [max(w) / 10 for w in of_driving("weights")(setting)]
+    driving = {
+        "test accuracy (%)": (of_driving("test_accuracy"), 1),
+        "test loss": (of_driving("test_loss"), 3),
+        "weight of rare classes over that of the others": (of_driving("rare_over_frequent"), 1),
+        "the largest weight's share": (spread, 2),
+    }
     trainer = {
         "test loss": (of("trainer", "test_loss"), 3),
         **{f"weight: {name}": (inside("trainer", "weights", name), 3) for name in ("docstrings", "code", "shuffled")},
@@ -96,6 +113,7 @@ def tables(runs):
         "augmentation": table(AUGMENTATION, augmentation),
         "mixture": table(MIXTURE, mixture),
         "classes": table(CLASSES, classes),
+        "driving": table(dict(zip(DRIVING, DRIVING)), driving),
         "trainer": table({"uniform": "uniform", "learned": "Trajectory, N = 20"}, trainer),
         "schedule": table({"grid of nine": "grid of nine", "learned": "by `result.settings`"}, schedule),
     }
