@@ -13,6 +13,9 @@ commands() {
     command_line resources.examples.augmentation --seed "$seed" --methods --horizon 1 5 20 50 $out "$@"
     command_line resources.examples.data_mixture --seed "$seed" --horizon 1 5 20 50 $out "$@"
     command_line resources.examples.loss_weights --seed "$seed" --horizon 1 5 20 50 $out "$@"
+    for setting in "--meta-lr 0.02" "--meta-lr 0.4" "--entropy 0.1" "--floor 0.1" "--floor 0.3"; do
+      command_line resources.examples.loss_weights --seed "$seed" --methods --horizon 20 $setting $out "$@"
+    done
     command_line resources.examples.schedule --seed "$seed" $out "$@"
     command_line resources.examples.trainer --seed "$seed" $out "$@"
   done

@@ -135,12 +135,8 @@ def main(argv=None):
         print(f"{method:20} test accuracy {accuracy:.2f} %, loss {test_loss:.4f}; validation loss {val_loss:.4f}; "
               f"rare classes weigh {rare / frequent:.2f} times the others; {steps} steps, {seconds:.0f} s")  # fmt: skip
         if args.out:
-            config = {
-                "method": method,
-                "seed": args.seed,
-                "steps": args.steps,
-                **(driving if method.startswith("N = ") else {}),
-            }
+            config = {"method": method, "seed": args.seed, "steps": args.steps}
+            config |= driving if isinstance(learn, int) else {}
             metrics = {"test_accuracy": accuracy, "test_loss": test_loss, "val_loss": val_loss, "weights": weights}
             metrics |= {"rare_over_frequent": rare / frequent, "steps": steps}
             append_run(args.out, "examples_loss_weights", config, metrics, {"seconds": seconds}, "cpu")
