@@ -39,6 +39,11 @@ DRIVING = {  # of the weights of classes, through 20 steps
     "no weight below 0.1": dict(floor=0.1),
     "no weight below 0.3": dict(floor=0.3),
 }
+OF_STRENGTHS = {
+    "0.02": dict(meta_lr=0.02),
+    "0.02 √50 = 0.14": {},
+    "0.4": dict(meta_lr=0.4),
+}
 FURTHER = ("lr", "momentum", "meta_lr", "entropy", "floor")  # settings, where they are others than by default
 RATES = {"learning rate 0.1": dict(lr=0.1, momentum=0.0), "learning rate 0.02, momentum 0.9": {}}
 
@@ -57,9 +62,9 @@ def cell(values, digits):
     return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "") + (f" ({n})" if n != 3 else "")
 
 
-def table(names, columns):
+def table(names, columns, head="Method"):
     """names: {method: label}.  columns: {head: (function of a method -> values, digits)}."""
-    lines = ["| Method | " + " | ".join(columns) + " |", "| :-- |" + " --: |" * len(columns)]
+    lines = [f"| {head} | " + " | ".join(columns) + " |", "| :-- |" + " --: |" * len(columns)]
     for method, label in names.items():
         cells = [cell(values(method), digits) for values, digits in columns.values()]
         if any(c != "–" for c in cells):
@@ -96,6 +101,14 @@ def tables(runs):
         "weight of rare classes over that of the others": (of_driving("rare_over_frequent"), 1),
         "the largest weight's share": (spread, 2),
     }
+    of_rates = lambda rate: dict(lr=0.1, momentum=0.0, **OF_STRENGTHS[rate])
+    strengths = {
+        "test accuracy (%)": (lambda rate: of("augmentation", "test_accuracy", **of_rates(rate))("N = 50"), 1),
+        **{
+            name: (lambda rate, name=name: inside("augmentation", "strengths", name, **of_rates(rate))("N = 50"), 2)
+            for name in ("rotation", "shift", "contrast", "noise")
+        },
+    }
     trainer = {
         "test loss": (of("trainer", "test_loss"), 3),
         **{f"weight: {name}": (inside("trainer", "weights", name), 3) for name in ("docstrings", "code", "shuffled")},
@@ -113,7 +126,8 @@ def tables(runs):
         "augmentation": table(AUGMENTATION, augmentation),
         "mixture": table(MIXTURE, mixture),
         "classes": table(CLASSES, classes),
-        "driving": table(dict(zip(DRIVING, DRIVING)), driving),
+        "driving": table(dict(zip(DRIVING, DRIVING)), driving, "Driven by"),
+        "strengths": table(dict(zip(OF_STRENGTHS, OF_STRENGTHS)), strengths, "λ's learning rate"),
         "trainer": table({"uniform": "uniform", "learned": "Trajectory, N = 20"}, trainer),
         "schedule": table({"grid of nine": "grid of nine", "learned": "by `result.settings`"}, schedule),
     }

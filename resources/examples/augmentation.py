@@ -54,7 +54,7 @@ def data(seed):
     return {name: (x[a:b], y[a:b]) for name, a, b in (("train", 0, 500), ("val", 500, 800), ("test", 800, None))}
 
 
-def train(strengths, seed, steps, splits, lr=LR, momentum=MOMENTUM, learn=None, title=""):
+def train(strengths, seed, steps, splits, lr=LR, momentum=MOMENTUM, learn=None, meta_lr=None, title=""):
     """(model, strengths at the end): with the strengths as given, or learned from there: by "guided", or through N steps."""
     torch.manual_seed(seed)
     convolutions = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, padding=1), nn.ReLU()
@@ -62,7 +62,7 @@ def train(strengths, seed, steps, splits, lr=LR, momentum=MOMENTUM, learn=None, 
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     logs = strengths.log().requires_grad_(learn is not None)  # λ
     n = learn if isinstance(learn, int) else 0
-    meta_optimizer = torch.optim.Adam([logs], lr=META_LR * max(n, 1) ** 0.5)
+    meta_optimizer = torch.optim.Adam([logs], lr=meta_lr or META_LR * max(n, 1) ** 0.5)
     trajectory = evograd.Trajectory(model, optimizer, [logs]) if n else None
     (x_train, y_train), (x_val, y_val) = splits["train"], splits["val"]
     for _ in (bar := tqdm(range(steps), title, mininterval=1)):
@@ -112,6 +112,7 @@ def main(argv=None):
     parser.add_argument("--momentum", type=not_negative, default=MOMENTUM)
     parser.add_argument("--horizon", type=at_least(1), nargs="*", default=[50], metavar="N", help="steps to go back through")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="beside these")
+    parser.add_argument("--meta-lr", type=positive, help="of λ where it learns through N steps; default: 0.02 √N")
     parser.add_argument("--out", type=writable, help="JSON-lines file that result lines are appended to")
     args = parser.parse_args(argv)
     own = (args.seed, args.steps, data(args.seed), args.lr, args.momentum)
@@ -122,7 +123,9 @@ def main(argv=None):
             model, strengths = search(*own)
         else:
             first = START if learn else CONDITIONS if method == "the true conditions" else torch.zeros(4)
-            model, strengths = train(first, *own, learn=learn, title=method)
+            model, strengths = train(
+                first, *own, learn=learn, meta_lr=args.meta_lr if isinstance(learn, int) else None, title=method
+            )
         seconds, steps = time.perf_counter() - start, args.steps * (N_TRIALS if method == "random search" else 1)
         (val_loss, _), (test_loss, accuracy) = evaluate(model, *own[2]["val"]), evaluate(model, *own[2]["test"])
         shown = ", ".join(f"{name} {strength:.2f}" for name, strength in zip(NAMES, strengths))
@@ -130,6 +133,7 @@ def main(argv=None):
         if args.out:
             config = {"method": method, "seed": args.seed, "steps": args.steps}
             config |= {} if own[3:] == (LR, MOMENTUM) else {"lr": args.lr, "momentum": args.momentum}
+            config |= {"meta_lr": args.meta_lr} if args.meta_lr and isinstance(learn, int) else {}
             metrics = {"test_accuracy": accuracy, "test_loss": test_loss, "val_loss": val_loss, "steps": steps}
             metrics["strengths"] = dict(zip(NAMES, strengths.tolist()))
             append_run(args.out, "examples_augmentation", config, metrics, {"seconds": seconds}, "cpu")

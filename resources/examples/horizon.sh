@@ -10,6 +10,9 @@ commands() {
   local seed out="--out resources/horizon.jsonl"
   for seed in $SEEDS; do
     command_line resources.examples.augmentation --seed "$seed" --lr 0.1 --momentum 0 --horizon 1 5 20 50 $out "$@"
+    for setting in "--meta-lr 0.02" "--meta-lr 0.4"; do
+      command_line resources.examples.augmentation --seed "$seed" --lr 0.1 --momentum 0 --methods --horizon 50 $setting $out "$@"
+    done
     command_line resources.examples.augmentation --seed "$seed" --methods --horizon 1 5 20 50 $out "$@"
     command_line resources.examples.data_mixture --seed "$seed" --horizon 1 5 20 50 $out "$@"
     command_line resources.examples.loss_weights --seed "$seed" --horizon 1 5 20 50 $out "$@"
