@@ -96,7 +96,9 @@ def gpt2(adapter=None):
 
             configs = {
                 "lora": lambda: peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
-                "ia3": lambda: peft.IA3Config(target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True),
+                "ia3": lambda: peft.IA3Config(
+                    target_modules=["c_attn", "c_fc"], feedforward_modules=["c_fc"], fan_in_fan_out=True
+                ),
                 "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
             }
             model = peft.get_peft_model(model, configs[adapter]())
@@ -177,7 +179,10 @@ def measured(name):
                 result = evograd.guided(*problem, inner_lr=LR, radius=radius)
                 error, own = (((g - exact).norm() / exact.norm()).item() for g in (result.grads[0].double(), second_order))
                 config = {"network": name, "by": by, "dtype": str(dtype)[6:], "start": where}
-                yield config, {"error": error, "curvature": result.curvature, "retakes": radius.retakes, "second_order_error": own}
+                yield (
+                    config,
+                    {"error": error, "curvature": result.curvature, "retakes": radius.retakes, "second_order_error": own},
+                )
         yield from in_low_precision(name, by, (train_loss, val_loss, model, [lam]), exact)
         model.to(torch.float32)
 
@@ -243,7 +248,9 @@ def main(argv=None):
     if args.table:
         text = args.table.read_text(encoding="utf-8")
         made = table(read_runs([args.out])[0])
-        new = re.sub(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", lambda m: m[1] + made + "\n" + m[2], text, flags=re.DOTALL)
+        new = re.sub(
+            r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", lambda m: m[1] + made + "\n" + m[2], text, flags=re.DOTALL
+        )
         args.table.write_text(new, encoding="utf-8")
         return
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):

@@ -1,11 +1,12 @@
 """Learn how much each text source counts in training a small GPT-2, so that the loss on a target domain falls.
 
-    python -m resources.examples.data_mixture                                       two minutes on one CPU core
+    python -m resources.examples.data_mixture                                       four minutes on one CPU core
     torchrun --nproc-per-node 2 -m resources.examples.data_mixture --fsdp           the model sharded by FSDP2
 
 Three sources that every Python installation has, characters as tokens: the standard library's code, its docstrings, and its
 code with the characters shuffled. Target: docstrings of other modules. The hyperparameters λ are three logits: the training
 loss is Σ_i softmax(λ)_i · (loss on source i). They learn from validation docstrings; printed is the loss on test docstrings.
+"learned" looks one SGD step ahead, "N = 20" goes back through 20 steps of AdamW, after each 20.
 Then another model is trained on the mixture itself: windows sampled by the learned weights, all of which count alike.
 To make it your own: replace `sources`, the model, and `losses`.
 """
@@ -31,9 +32,10 @@ from evograd.lab.cli import at_least, seed, writable
 from evograd.lab.records import append_run  # result lines of this repository
 
 NAMES = ("docstrings", "code", "shuffled")
-METHODS = ("uniform", "learned", "sampled as learned")
+METHODS = ("uniform", "learned", "sampled as learned")  # and N = …
 LENGTH, BATCH, VAL_BATCH = 64, 24, 16  # characters in a window, windows in a step
-LR, META_LR, META_EVERY = 3e-3, 0.1, 4  # λ is learned in every fourth step
+LR, META_LR, META_EVERY = 3e-3, 0.1, 4  # one step ahead λ is learned in every fourth step
+WARM_UP = 50  # steps before those that λ learns from: Adam's first steps are no good ones to go back through
 
 
 def sources():
@@ -83,27 +85,36 @@ def new_model(sharded):
 
 
 def train(shares, learn, seed, steps, data, part=slice(None), sharded=False):
-    """(test loss, weights of the sources) of a model whose windows are sampled by `shares`. part: this process's of them."""
+    """(test loss, weights of the sources) of a model whose windows are sampled by `shares`. part: this process's of them.
+    learn: None, "guided", or N steps to go back through."""
     texts, val, test = data
     torch.manual_seed(seed)
     model = new_model(sharded)
     generator = torch.Generator().manual_seed(seed)  # all processes draw the same batches
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    logits = torch.zeros(len(NAMES), requires_grad=learn)  # λ, in every process the same plain tensor
-    meta_optimizer = torch.optim.Adam([logits], lr=META_LR)
+    logits = torch.zeros(len(NAMES), requires_grad=learn is not None)  # λ, in every process the same plain tensor
+    n = learn if isinstance(learn, int) else 0
+    meta_optimizer = torch.optim.Adam([logits], lr=META_LR * max(n / META_EVERY, 1) ** 0.5)
+    trajectory = evograd.Trajectory(model, optimizer, [logits]) if n else None
     for step in (bar := tqdm(range(steps), mininterval=1, **({"disable": True} if part.start else {}))):
         batch, source = (t[part] for t in sample(texts, shares, generator))
         val_batch = windows(val, VAL_BATCH, generator)[part]
         train_loss = lambda m: (len(NAMES) * logits.softmax(0)[source] * losses(m, batch)).mean()
         val_loss = lambda m: losses(m, val_batch).mean()
-        if learn and step % META_EVERY == 0:
+        remembered, result = n and step >= WARM_UP, None
+        if remembered:
+            trajectory.step(train_loss)
+            result = trajectory.hypergradient(val_loss) if len(trajectory) == n else None
+        elif learn == "guided" and step % META_EVERY == 0:
             result = evograd.guided(train_loss, val_loss, model, [logits], inner_lr=LR)
+        if result is not None:
             logits.grad = result.grads[0]
             meta_optimizer.step()
             bar.set_postfix_str(" ".join(f"{n} {w:.2f}" for n, w in zip(NAMES, logits.softmax(0))), refresh=False)
-        optimizer.zero_grad()
-        train_loss(model).backward()  # what it adds to λ's gradient is written over above
-        optimizer.step()
+        if not remembered:
+            optimizer.zero_grad()
+            train_loss(model).backward()  # what it adds to λ's gradient is written over above
+            optimizer.step()
     with torch.no_grad():
         batches = windows(test, 512, torch.Generator().manual_seed(0)).split(64)
         test_loss = torch.stack([losses(model, batch).mean() for batch in batches]).mean()
@@ -114,6 +125,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=seed, default=1, help="of the model and the batches")
     parser.add_argument("--steps", type=at_least(1), default=500, help="training steps")
+    parser.add_argument("--horizon", type=at_least(1), nargs="*", default=[20], metavar="N", help="steps to go back through")
     parser.add_argument("--fsdp", action="store_true", help="shard the model over the processes that torchrun has started")
     parser.add_argument("--out", type=writable, help="JSON-lines file that result lines are appended to")
     args = parser.parse_args(argv)
@@ -125,8 +137,10 @@ def main(argv=None):
     if BATCH % size or VAL_BATCH % size:
         parser.error(f"torchrun started {size} processes; a number that divides {BATCH} and {VAL_BATCH} is accepted")
     data, uniform, learned = sources(), torch.full((len(NAMES),), 1 / len(NAMES)), None
-    for method in METHODS:
-        start, learn, shares = time.perf_counter(), method == "learned", learned if method == METHODS[-1] else uniform
+    methods = [(m, {"learned": "guided"}.get(m)) for m in METHODS]
+    methods += [pair for n in args.horizon for pair in ((f"N = {n}", n), (f"N = {n}, sampled", None))]
+    for method, learn in methods:
+        start, shares = time.perf_counter(), learned if "sampled" in method else uniform
         test_loss, weights = train(shares, learn, args.seed, args.steps, data, slice(rank, None, size), args.fsdp)
         seconds = time.perf_counter() - start
         learned, weights = (weights, weights) if learn else (learned, shares)

@@ -4,6 +4,7 @@
 
 Digits of scikit-learn: the classes 0 to 4 with 60 training images each, 5 to 9 with 6; validation and test images are balanced.
 The hyperparameters λ are ten logits: the training loss is the mean of w_y · cross-entropy, with w = 10 softmax(λ).
+"learned" looks one SGD step ahead, in every step; "N = 20" learns from what 20 steps did, after each 20.
 Beside it: another training with the weights as they were learned last, fixed; and grid search, which trains a model for each γ
 of w_c ∝ (images of class c)^−γ and takes the one with the least validation loss.
 To make it your own: replace `data` and the model; for weights of auxiliary losses let `train_loss` be softmax(λ) @ losses.
@@ -19,10 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 import evograd
-from evograd.lab.cli import at_least, seed, writable
+from evograd.lab.cli import at_least, not_negative, positive, seed, writable
 from evograd.lab.records import append_run  # result lines of this repository
 
-METHODS = ("uniform", "grid search", "learned", "learned, then fixed")
+METHODS = ("uniform", "grid search", "learned", "learned, then fixed")  # and N = …
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # γ
 N_TRAIN, N_VAL = [60] * 5 + [6] * 5, 30  # images of each class
 BATCH, LR, META_LR, WEIGHT_DECAY = 64, 0.1, 0.02, 1e-4
@@ -41,28 +42,41 @@ def data(seed):
     return {name: (x[torch.cat(part)], y[torch.cat(part)]) for name, part in parts.items()}
 
 
-def train(weights, seed, steps, splits, learn=False, title=""):
-    """(model, weights at the end): with the weights of the classes as given, or learned from there."""
+def train(weights, seed, steps, splits, learn=None, meta_lr=None, entropy=0.0, floor=0.0, title=""):
+    """(model, weights at the end): with the weights of the classes as given, or learned: by "guided", or through N steps.
+
+    meta_lr: of λ, by default META_LR √N.  entropy: as much of that of the weights is added to what λ maximises.
+    floor: below which no weight falls, the mean being 1.
+    """
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    logits = weights.log().requires_grad_(learn)  # λ
-    meta_optimizer = torch.optim.Adam([logits], lr=META_LR)
+    logits = weights.log().requires_grad_(learn is not None)  # λ
+    n = learn if isinstance(learn, int) else 0
+    meta_optimizer = torch.optim.Adam([logits], lr=meta_lr or META_LR * max(n, 1) ** 0.5)
+    weights_of = lambda logits: 10 * (1 - floor) * logits.softmax(0) + floor
+    trajectory = evograd.Trajectory(model, optimizer, [logits]) if n else None
     (x_train, y_train), (x_val, y_val) = splits["train"], splits["val"]
     for _ in tqdm(range(steps), title, mininterval=1):
         chosen = torch.randint(len(y_train), (BATCH,), generator=generator)
         x, y = x_train[chosen], y_train[chosen]
-        train_loss = lambda m: (10 * logits.softmax(0)[y] * F.cross_entropy(m(x), y, reduction="none")).mean()
-        val_loss = lambda m: F.cross_entropy(m(x_val), y_val)
-        if learn:
+        train_loss = lambda m: (weights_of(logits)[y] * F.cross_entropy(m(x), y, reduction="none")).mean()
+        val_loss = lambda m: F.cross_entropy(m(x_val), y_val) + entropy * (logits.softmax(0) * logits.log_softmax(0)).sum()
+        result = None
+        if n:  # a step of the optimizer
+            trajectory.step(train_loss)
+            result = trajectory.hypergradient(val_loss) if len(trajectory) == n else None
+        elif learn:
             result = evograd.guided(train_loss, val_loss, model, [logits], inner_lr=LR)
+        if result is not None:
             logits.grad = result.grads[0]
             meta_optimizer.step()
-        optimizer.zero_grad()
-        train_loss(model).backward(inputs=list(model.parameters()))
-        optimizer.step()
-    return model, 10 * logits.detach().softmax(0)
+        if not n:
+            optimizer.zero_grad()
+            train_loss(model).backward(inputs=list(model.parameters()))
+            optimizer.step()
+    return model, weights_of(logits.detach())
 
 
 @torch.no_grad()
@@ -87,19 +101,29 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=seed, default=1, help="of the split, the model and the batches")
     parser.add_argument("--steps", type=at_least(1), default=3000, help="training steps of a model")
+    parser.add_argument("--horizon", type=at_least(1), nargs="*", default=[20], metavar="N", help="steps to go back through")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="beside these")
+    parser.add_argument("--meta-lr", type=positive, help="of λ where it learns through N steps; default: 0.02 √N")
+    parser.add_argument("--entropy", type=not_negative, default=0.0, help="of the weights, in what λ maximises through N steps")
+    parser.add_argument("--floor", type=not_negative, default=0.0, help="of weights that are learned through N steps")
     parser.add_argument("--out", type=writable, help="JSON-lines file that result lines are appended to")
     args = parser.parse_args(argv)
     splits, ones = data(args.seed), torch.ones(10)
     own = (args.seed, args.steps, splits)
     learned = None
-    for method in METHODS:
+    methods = [(m, "guided" if m == "learned" else None) for m in METHODS if m in args.methods]
+    if "learned, then fixed" in args.methods and "learned" not in args.methods:
+        parser.error("--methods has 'learned, then fixed' without 'learned', whose weights it takes")
+    driving = {name: value for name in ("meta_lr", "entropy", "floor") if (value := getattr(args, name))}
+    for method, learn in methods + [(f"N = {n}", n) for n in args.horizon]:
         start = time.perf_counter()
         if method == "grid search":
             model, weights = search(*own)
         elif method == "learned, then fixed":
             model, weights = train(learned, *own, title=method)
         else:
-            model, weights = train(ones, *own, learn=method == "learned", title=method)
+            of_steps = driving if isinstance(learn, int) else {}
+            model, weights = train(ones, *own, learn=learn, **of_steps, title=method)
         seconds = time.perf_counter() - start
         steps = args.steps * {"grid search": len(GRID), "learned, then fixed": 2}.get(method, 1)
         if method == "learned":
@@ -112,6 +136,7 @@ def main(argv=None):
               f"rare classes weigh {rare / frequent:.2f} times the others; {steps} steps, {seconds:.0f} s")  # fmt: skip
         if args.out:
             config = {"method": method, "seed": args.seed, "steps": args.steps}
+            config |= driving if isinstance(learn, int) else {}
             metrics = {"test_accuracy": accuracy, "test_loss": test_loss, "val_loss": val_loss, "weights": weights}
             metrics |= {"rare_over_frequent": rare / frequent, "steps": steps}
             append_run(args.out, "examples_loss_weights", config, metrics, {"seconds": seconds}, "cpu")
