@@ -61,6 +61,9 @@ def estimator(trainer):
     return found | {"common random numbers": settings["common_random_numbers"]}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:hyperparameters.0.")  # of black images
+
+
 def shapes(module):
     return [list(p.shape) for p in module.parameters()]
 

@@ -196,19 +196,21 @@ class Vector:
         return self.Flat(totals, depends)
 
     def apart(self, a: Flat, b: Flat, meant: bool | Tensor) -> list[Tensor]:
-        """‖a_i − b_i‖ / ε‖a_i‖ for each hyperparameter, ε the resolution of its type of number; ∞ where there is no dependence.
+        """‖a_i − b_i‖ / ε‖a_i‖ for each hyperparameter, ε the resolution of its type of number; ∞ where a_i is 0, but for a = 0.
 
         meant: whether a and b were to differ at all.
         """
         if a.vectors is None or b.vectors is None:
             return []
         result: list[Tensor] = [None] * len(self.tensors)
+        none = sum(v.norm().to(a.vectors[0].device) for v in a.vectors) == 0
         for group, members in enumerate(self.groups):
             sizes = [self.tensors[i].numel() for i in members]
             whole = torch._foreach_norm(a.vectors[group].split(sizes))
             apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
             for i, of, difference in zip(members, whole, apart):
-                some = meant.to(of.device) if isinstance(meant, Tensor) else torch.full_like(of, meant, dtype=torch.bool)
+                some = (of > 0) | none.to(of.device)
+                some = some & (meant.to(of.device) if isinstance(meant, Tensor) else meant)
                 eps = torch.finfo(self.tensors[i].dtype).eps
                 result[i] = torch.where(some, (difference / (eps * of)).nan_to_num(0), math.inf)
         return result
