@@ -412,6 +412,7 @@ def finish(keeper, label, trainer, task, metrics):
     if auc is not None and auc < 0.5:
         print(f"{label}: the weights are larger for wrong labels than for right ones. Another --meta-lr or more epochs may help.")
     trainer.args.log_quality = None
+    trainer.meta.forget()
     n = trainer.args.horizon or 1  # of them one has a meta-update
 
     def steps_alone():

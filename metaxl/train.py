@@ -579,8 +579,7 @@ def tested(trainer, score, seen):
     """Test F1 of the parameters that dev F1 chose, which the model has afterwards."""
     model = trainer.model
     trained = {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
-    if trainer.trajectory is not None:
-        trainer.trajectory.clear()  # of steps since the last meta-update, which led elsewhere
+    trainer.meta.forget()
     model.load_state_dict(seen["best"])
     try:
         found = {"test_f1": score("test"), "dev_f1": max(dev_f1(seen)), "best_epoch": seen["best_epoch"]}

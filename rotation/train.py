@@ -221,6 +221,7 @@ def run(args, processes):
             result += f", angle {metrics['angle']:.1f} degrees" if "angle" in metrics else ""
             print(f"{label}: {result}, {keeper.clock.seconds:.0f} s")
             cli.say_if_chance(label, max(found.values()), test.labels.tolist(), "A lower --lr or more --epochs may help.")
+            trainer.meta.forget()
             args.log_quality = None  # what follows is the step's own cost, after the training, whose result is taken
             keeper.record(metrics, {}, lambda: step_cost(measure(steps, repeats=5, warmup=1), n))
 

@@ -194,6 +194,11 @@ class MetaStep:
         """Whether a run can go on from here by its state: of steps that are remembered there is none."""
         return not self.trajectory
 
+    def forget(self) -> None:
+        """The steps since the last meta-update, where the training has ended."""
+        if self.trajectory is not None:
+            self.trajectory.clear()
+
     def _estimator(self) -> Callable[..., Hypergradient]:
         estimator = self.method.estimator
         given = {name: getattr(self.args, name) for name in estimator.reads if name != "share"}
