@@ -118,14 +118,12 @@ def main(argv=None):
     own = (args.seed, args.steps, data(args.seed), args.lr, args.momentum)
     methods = [(m, "guided" if m == "learned" else None) for m in METHODS if m in args.methods]
     for method, learn in methods + [(f"N = {n}", n) for n in args.horizon]:
-        start = time.perf_counter()
+        start, meta_lr = time.perf_counter(), args.meta_lr if isinstance(learn, int) else None
         if method == "random search":
             model, strengths = search(*own)
         else:
             first = START if learn else CONDITIONS if method == "the true conditions" else torch.zeros(4)
-            model, strengths = train(
-                first, *own, learn=learn, meta_lr=args.meta_lr if isinstance(learn, int) else None, title=method
-            )
+            model, strengths = train(first, *own, learn=learn, meta_lr=meta_lr, title=method)
         seconds, steps = time.perf_counter() - start, args.steps * (N_TRIALS if method == "random search" else 1)
         (val_loss, _), (test_loss, accuracy) = evaluate(model, *own[2]["val"]), evaluate(model, *own[2]["test"])
         shown = ", ".join(f"{name} {strength:.2f}" for name, strength in zip(NAMES, strengths))
@@ -133,7 +131,7 @@ def main(argv=None):
         if args.out:
             config = {"method": method, "seed": args.seed, "steps": args.steps}
             config |= {} if own[3:] == (LR, MOMENTUM) else {"lr": args.lr, "momentum": args.momentum}
-            config |= {"meta_lr": args.meta_lr} if args.meta_lr and isinstance(learn, int) else {}
+            config |= {"meta_lr": meta_lr} if meta_lr else {}
             metrics = {"test_accuracy": accuracy, "test_loss": test_loss, "val_loss": val_loss, "steps": steps}
             metrics["strengths"] = dict(zip(NAMES, strengths.tolist()))
             append_run(args.out, "examples_augmentation", config, metrics, {"seconds": seconds}, "cpu")

@@ -6,7 +6,7 @@ Digits of scikit-learn: 500 training images of which 30 % have a wrong label; va
 has 600 steps of SGD with momentum. λ are the logarithms of six learning rates, one for each hundred steps, and of the weight
 decay. After each training, `result.settings` has the derivative of the validation loss by the settings of every step, and Adam
 moves λ. Beside it: nine trainings on a grid of constant learning rates and weight decays. Both give the training with the least
-validation loss, and λ begins at the grid's worst corner of learning rates.
+validation loss. λ begins at the grid's lowest learning rate.
 To make it your own: replace `data`, the model and the optimizer; any number in its groups has a derivative.
 """
 
