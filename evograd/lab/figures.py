@@ -32,6 +32,7 @@ COLOURS = {
     "finite_difference": "#56B4E9",
     "neumann": "#B8A800",
     "conjugate_gradient": "#000000",
+    "trajectory": "#882255",
     "baseline": "#666666",
     "theory": "#D55E00",
 }
