@@ -16,7 +16,11 @@ def page(tmp_path):
 
 
 def line(out, method, seed, accuracy, **settings):
-    metrics = {"test_accuracy": accuracy, "test_loss": 0.5, "strengths": {"rotation": 0.5, "noise": 0.25}}
+    metrics = {
+        "test_accuracy": accuracy,
+        "test_loss": 0.5,
+        "strengths": dict(rotation=0.5, shift=0.1, contrast=0.1, noise=0.25),
+    }
     append_run(out, "examples_augmentation", {"method": method, "seed": seed, "steps": 9, **settings}, metrics, {}, "cpu")
 
 
