@@ -39,8 +39,11 @@ class Recording:
     ):
         self.model, self.optimizer = model, optimizer
         self.bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.settings = dict(hyperparameters=hyperparameters, in_place=in_place)
         self.names = _names(self.bare, optimizer, hyperparameters, parameters)
+        self.alone = not hyperparameters  # the optimizer's own settings are all that is asked for
+        if self.alone:
+            hyperparameters = [next(self.bare.parameters()).new_zeros(()).requires_grad_()]
+        self.settings = dict(hyperparameters=hyperparameters, in_place=in_place)
         problem = self.problem(_no_loss, _no_loss)
         self.sharding, self.lam, self.draws, self.every = problem.sharding, problem.lam, problem.draws, every
         self.parameters = {name: problem.own[name] for name in self.names}

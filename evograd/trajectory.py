@@ -34,7 +34,7 @@ GROWN, CURVED = 1e3, 0.1  # how far the direction may grow on its way back, and 
 ANOTHER = 0.05  # by how much a loss, and its gradient by λ, may both change to θ's neighbours
 ILL = (
     "{}: the hypergradient may be far off. Begin after a warm-up, in which Adam's second moment grows (step with the optimizer "
-    "alone, or clear()), take fewer steps, or a larger eps"
+    "alone, or clear()), take fewer steps, sides=2, or a larger eps"
 )
 
 
@@ -69,7 +69,7 @@ class Trajectory:
         model: the network; θ are those of its parameters that the optimizer steps in.
         optimizer: torch.optim's SGD, Adam, AdamW, RMSprop or Adagrad, of any kind (fused, foreach, capturable), or another with
             `update`.
-        hyperparameters: as in `evograd.hypergradient`; none of them is the optimizer's.
+        hyperparameters: as in `evograd.hypergradient`; none of them is the optimizer's. [] where `settings` or `start` are all.
         parameters: names of those to go back through. Default: all of θ.
         sides: passes for each step back: 1, beside the gradients of the training step itself, with a pair now and then that shows
             the radius; or 2, a central difference, for a third more.
@@ -144,13 +144,15 @@ class Trajectory:
             with self._team(problem) as team:
                 back = Lookback(self.recording, problem, team, self.update, self.by == "guided")
                 val, direct, a = problem.val_gradient(problem.layout.own)
+                direct = [torch.zeros_like(h) for h in problem.hyperparameters] if self.recording.alone else direct
                 total, a, b = problem.lam.flat(direct), problem.layout.padded(team.mean(a)), [{} for _ in a]
                 for step in back:
                     a, b, u = back.product(step, a, b)
                     mixed, curved = products(step, u, start or step.t > 0, team)  # ∂²ℓ_t/∂λ∂θ u, ∂²ℓ_t/∂θ² u
                     total, a = problem.lam.add(total, mixed), added(a, curved)
                 val, total = team.total(val, problem.lam.flat([]), total)
-                own = problem.grads(total), val, back.losses, back.weights, products.curvature, back.by_setting()
+                grads = [] if self.recording.alone else problem.grads(total)
+                own = grads, val, back.losses, back.weights, products.curvature, back.by_setting()
                 return _looked_at(TrajectoryHypergradient(*own, back.layout.named(a) if start else None), back, products)
 
     def __len__(self) -> int:

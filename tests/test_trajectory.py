@@ -291,6 +291,17 @@ def test_settings(optimizer, setting, place, variant):
     assert total.item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
 
 
+def test_settings_alone():
+    run, whole = Run("mlp", "adamw"), Run("mlp", "adamw")
+    run.lam, lam = [], run.lam
+    trajectory = run.trajectory(0)
+    for x, y in zip(run.x[5:9], run.y[5:9]):
+        trajectory.step(lambda m: (lam[0].exp() * F.cross_entropy(m(x * lam[1]), y, reduction="none")).mean())  # noqa: B023
+    result, expected = trajectory.hypergradient(run.val_loss), whole.trajectory(4).hypergradient(whole.val_loss)
+    assert result.grads == []
+    assert error(result.settings[0], expected.settings[0]) < 1e-8
+
+
 def test_a_momentum_of_zero_has_no_derivative_and_a_decay_of_zero_has():
     run = Run("mlp", "sgd")
     assert set(run.trajectory(2).hypergradient(run.val_loss).settings[0]) == {"lr", "weight_decay"}

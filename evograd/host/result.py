@@ -119,7 +119,8 @@ def check_finite(
     """
     if isinstance(val_loss, FakeTensor) or capturing(val_loss):
         return []
-    largest = torch._foreach_norm([g for g in grads if g.numel()], math.inf)
+    some = [g for g in grads if g.numel()]
+    largest = torch._foreach_norm(some, math.inf) if some else []
     n = len(train_losses)
     others = [loss for loss in before.values() if loss is not None]
     numbers = torch.stack([v.to(train_losses) for v in (val_loss, *largest, *others, *also)])
