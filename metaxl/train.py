@@ -223,7 +223,7 @@ class Trainer:
         return loss
 
     def parts(self, step):
-        """(what trains, whether it is transformed), --accumulate parts of each. The sum of their losses is the training loss."""
+        """(what trains, whether it is transformed), --accumulate parts of each. Their losses add up to the training loss."""
         chosen = [(step.target, False)]
         if self.args.method != "target_only":
             chosen.insert(0, (step.source, self.meta.learns))
