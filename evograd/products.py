@@ -15,7 +15,7 @@ from .host import processes
 from .host.gathering import partial
 from .host.problem import Problem
 from .host.steps import Gradients, Step
-from .host.vectors import Vector, parity
+from .host.vectors import Vector, exactly, parity
 from .operations.forward_mode import directional, explained
 from .operations.recomputation import not_recomputed
 from .radius import Radius
@@ -94,6 +94,11 @@ class ByPasses:
             self.curvature = pair.curvature
         return Products(lam.weighted_sum(c, partials), by_theta if whole else None)
 
+    def distrust(self) -> None:
+        """The radius was wrong by far: pairs come next."""
+        if isinstance(self.radius, Radius):
+            self.radius.run = 0
+
     def _note(self, step: Step, losses: Sequence[Tensor], by_lambda: Vector.Flat) -> None:
         """How far the loss and its gradient by λ are from those of the training step."""
         if step.known is not None and by_lambda.vectors is not None and step.known.vectors is not None:
@@ -130,7 +135,7 @@ class Exactly:
             n = len(problem.hyperparameters)
             made.append((problem.lam.flat(grads[:n]), problem.layout.flats(dict(zip(theta, grads[n:])))))
         by_lambda, by_theta = zip(*made)
-        share = torch.full((len(made),), 1 / len(made), dtype=torch.float64)
+        share = exactly(torch.ones(len(made), device=loss.device)) / len(made)
         by_theta = [mean_of(flats) for flats in zip(*by_theta)] if whole else None
         return Products(problem.lam.weighted_sum(share, by_lambda), team.mean(problem.whole(by_theta)) if whole else None)
 

@@ -232,9 +232,11 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
             "changed on the way (a hook of the optimizer, p.data), or update= is not its update"
         )
     if other := [n - 1 - i for i, value in enumerate(read[n:]) if value > ANOTHER]:
+        products.distrust()
         warn(
-            f"train_loss of step {other[-1]} is another one now than it was in training: it reads what has changed since (the "
-            "attributes of an object, an iterator); bind what it needs, lambda m, x=x, y=y: …"
+            f"train_loss of step {other[-1]} has another value beside θ than it had in training: it reads what has changed since "
+            "(attributes of an object, an iterator; bind what it needs, lambda m, x=x, y=y: …), or a direction is ill-conditioned "
+            "(Adam's first steps: begin after a warm-up, or sides=2)"
         )
     elif growth > GROWN:
         warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))

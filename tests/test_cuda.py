@@ -35,6 +35,7 @@ from label_noise_mwn.data import Split
 from tests.pretended_cuda import pretended_cuda
 from tests.test_cross_domain_fewshot import FILES, write_domain
 
+pytestmark = pytest.mark.filterwarnings("ignore:(train_loss of step|the curvature of pairs|the direction has grown)")  # from scratch
 CUDA = torch.device("cuda")
 SMALL = {  # of each script: two or three steps, two batches of what is tested on
     rotation: "--epochs 1 --batch-size 8",
@@ -132,7 +133,8 @@ def run(tmp_path, capsys):
             pretended_cuda() as cuda,
         ):
             out = tmp_path / "runs.jsonl"
-            arguments = ["--method", method, *SMALL[script].split(), "--device", "cuda", "--out", str(out), *flags]
+            small = SMALL[script].replace("--width 4 ", "" if any("resnet" in flag for flag in flags) else "--width 4 ")
+            arguments = ["--method", method, *small.split(), "--device", "cuda", "--out", str(out), *flags]
             if stop is not None:
                 with pytest.raises(KeyboardInterrupt):
                     script.main(arguments)

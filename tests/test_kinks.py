@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from evograd.operations import kinks
 from evograd.operations.kinks import KinkMismatch, Kinks
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)  # ties and compiled regions are otherwise there
@@ -887,3 +888,15 @@ def test_a_packed_tape_takes_an_eighth_and_says_the_same(n, last):
         sizes.append(sum(getattr(c, "bytes", c).numel() for c in bits if not torch.is_tensor(c) or c.dtype == torch.bool))
     assert torch.equal(*gradients)
     assert sizes[1] * 8 <= sizes[0] + 8 * len(bits)
+
+
+@pytest.mark.parametrize("n", [64, 65, 71, 4096])
+def test_masks_are_packed_alike_by_words_and_by_shifts(n, monkeypatch):
+    mask, places = torch.rand(n) > 0.5, torch.arange(7, -1, -1, dtype=torch.uint8)
+    packed = []
+    for by_words in (True, False):
+        monkeypatch.setattr(kinks._Bits, "by_words", staticmethod(lambda tensor, by_words=by_words: by_words))
+        bits = kinks._Bits(mask, places)
+        assert torch.equal(bits.unpacked(), mask)
+        packed.append(bits.bytes)
+    assert torch.equal(*packed)

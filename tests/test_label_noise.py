@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ import evograd
 from evograd.lab import cli, figures
 from evograd.lab import costs
 from evograd.lab.methods import MAIN
+from evograd.operations.kinks import _Bits
 from label_noise_mwn import compare, data, plot, train
 from label_noise_mwn.data import Source, load, make_task, noise_matrix, reflect
 from label_noise_mwn.models import MODELS, resnet, wide_resnet
@@ -646,7 +649,8 @@ def papers_size():
     """{(method, *flags): cost} of one full step with ResNet-32 and batch 100, simulated."""
     many = ("evograd", "--n-candidates", "10")
     measured = {}
-    with FakeTensorMode():
+    as_on_cuda = mock.patch.object(_Bits, "by_words", staticmethod(lambda tensor: False))
+    with FakeTensorMode(), as_on_cuda:
         for case in (*((m,) for m in ("cross_entropy", *MAIN)), many):
             args = train.parse_args(["--data", "cifar10", "--device", "cpu", "--method", *case])
             measured[case] = train.measure(costs.carried_on(train.Trainer(args, make_fake_task())).step)

@@ -50,6 +50,9 @@ def few(*arguments):
     return type(train)(train.images[:480], train.labels[:480]), val, test
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:train_loss of step")  # Adam's first steps, of tiny batches
+
+
 def run(tmp_path, method, *extra):
     out = tmp_path / "runs.jsonl"
     arguments = ["--method", method, "--device", "cpu", "--epochs", "2", "--batch-size", "32", "--out", str(out), *extra]

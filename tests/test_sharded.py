@@ -203,6 +203,7 @@ def test_a_compiled_model_is_called_itself(settings):
 
         return run
 
+    torch._dynamo.reset()  # of what other tests have compiled
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     closures = (lambda m: train_loss(compiled)), (lambda m: val_loss(compiled))  # nothing but the very module, whatever m is
     trace = Trace(model)

@@ -467,7 +467,7 @@ def test_attributes_that_have_changed_are_noticed():
         trajectory = run.trajectory(0, sides=sides)
         for loop.x, loop.y in zip(run.x[:4], run.y[:4]):
             trajectory.step(loop.loss)
-        with pytest.warns(UserWarning, match=r"train_loss of step \d is another one now .* bind what it needs"):
+        with pytest.warns(UserWarning, match=r"train_loss of step \d has another value beside θ .* bind what it needs"):
             trajectory.hypergradient(run.val_loss)
 
 

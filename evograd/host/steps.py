@@ -16,7 +16,7 @@ from ..operations.kinks import Kinks, OwnKinks
 from .draws import Draws
 from .problem import Problem
 from .slots import clones, write
-from .vectors import Layout, Position, Vector
+from .vectors import Layout, Position, Vector, exactly
 
 ALONE: list = []  # of which a mean over one process is itself
 
@@ -135,7 +135,7 @@ class Step:
                     take(b, problem.layout.buckets[b].zeros() if flat is None else flat)
         if len(self.passes) == 1:
             return losses[0], partials[0]
-        weights = torch.full((len(losses),), share, dtype=torch.float64)
+        weights = exactly(torch.ones(len(losses), device=losses[0].device)) * share
         return torch.stack(losses).mean(), problem.lam.weighted_sum(weights, partials)
 
 

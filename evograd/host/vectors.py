@@ -203,16 +203,19 @@ class Vector:
         if a.vectors is None or b.vectors is None:
             return []
         result: list[Tensor] = [None] * len(self.tensors)
-        none = sum(v.norm().to(a.vectors[0].device) for v in a.vectors) == 0
+        wholes = []
         for group, members in enumerate(self.groups):
-            sizes = [self.tensors[i].numel() for i in members]
-            whole = torch._foreach_norm(a.vectors[group].split(sizes))
-            apart = torch._foreach_norm((a.vectors[group] - b.vectors[group]).split(sizes))
-            for i, of, difference in zip(members, whole, apart):
-                some = (of > 0) | none.to(of.device)
-                some = some & (meant.to(of.device) if isinstance(meant, Tensor) else meant)
-                eps = torch.finfo(self.tensors[i].dtype).eps
-                result[i] = torch.where(some, (difference / (eps * of)).nan_to_num(0), math.inf)
+            eps = [torch.finfo(self.tensors[i].dtype).eps for i in members]
+            norms = torch._foreach_norm(a.vectors[group].split([self.tensors[i].numel() for i in members]))
+            wholes.append(torch.stack(torch._foreach_mul(norms, eps)))
+        none = sum(whole.sum().to(wholes[0].device) for whole in wholes) == 0
+        for group, (members, whole) in enumerate(zip(self.groups, wholes)):
+            parts = (a.vectors[group] - b.vectors[group]).split([self.tensors[i].numel() for i in members])
+            some = (whole > 0) | none.to(whole.device)
+            some = some & (meant.to(whole.device) if isinstance(meant, Tensor) else meant)
+            values = torch.where(some, (torch.stack(torch._foreach_norm(parts)) / whole).nan_to_num(0), math.inf)
+            for i, value in zip(members, values.unbind()):
+                result[i] = value
         return result
 
     def parity(self, plus: Flat, minus: Flat, between: Flat | None) -> Tensor:

@@ -107,6 +107,7 @@ class _Pass(TorchFunctionMode):
     def __init__(self, choices: list[tuple], recording: bool, packed: bool = False):
         super().__init__()
         self.choices, self.recording, self.packed = choices, recording, packed
+        self.places: dict[torch.device, Tensor] = {}  # of bits in a byte
         self.place, self.recomputing = 0, False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -160,7 +161,9 @@ class _Pass(TorchFunctionMode):
             return choice
         if not (choice.is_contiguous() or (choice.ndim == 4 and choice.is_contiguous(memory_format=torch.channels_last))):
             return choice
-        return _Bits(choice)
+        if choice.device not in self.places:
+            self.places[choice.device] = torch.arange(7, -1, -1, dtype=torch.uint8, device=choice.device)
+        return _Bits(choice, self.places[choice.device])
 
     def _written_out(self, handler: _WrittenOut, native: Callable, *args, **options):
         """The formula runs with this mode on, which sees the operations in it."""
@@ -198,21 +201,30 @@ class _Pass(TorchFunctionMode):
 
 
 class _Bits:
-    """A mask, eight places a byte, in the order of its memory. Eight bytes of 0 and 1 are a word, and one product moves each
-    of them to its bit: place k is shifted by 63 − 9k, and no two of the 64 products meet.
+    """A mask, eight places a byte, in the order of its memory.
+
+    On a GPU by shifts, in two launches. On a CPU by words, in half the time: eight bytes of 0 and 1 are a word, and one product
+    moves each of them to its bit: place k is shifted by 63 − 9k, and no two of the 64 products meet.
     """
 
     MOVES, ONES = -0x7FBFDFEFF7FBFDFF, 0x0101010101010101  # 0x8040201008040201 as int64
+    by_words = staticmethod(lambda tensor: not tensor.is_cuda)
 
-    def __init__(self, mask: Tensor):
-        self.shape, self.strides = mask.shape, mask.stride()
+    def __init__(self, mask: Tensor, places: Tensor):
+        self.shape, self.strides, self.places = mask.shape, mask.stride(), places
         flat = mask.as_strided((mask.numel(),), (1,)).view(torch.uint8)
         flat = F.pad(flat, (0, -len(flat) % 8)) if len(flat) % 8 or flat.storage_offset() % 8 else flat
-        self.bytes = (flat.view(torch.int64) * self.MOVES).bitwise_right_shift_(56).to(torch.uint8)
+        if self.by_words(flat):
+            self.bytes = (flat.view(torch.int64) * self.MOVES).bitwise_right_shift_(56).to(torch.uint8)
+        else:
+            self.bytes = flat.view(-1, 8).bitwise_left_shift(places).sum(1, dtype=torch.uint8)
 
     def unpacked(self) -> Tensor:
-        words = self.bytes.to(torch.int64).mul_(self.MOVES).bitwise_right_shift_(7).bitwise_and_(self.ONES)
-        return words.view(torch.bool).as_strided(self.shape, self.strides)
+        if self.by_words(self.bytes):
+            bits = self.bytes.to(torch.int64).mul_(self.MOVES).bitwise_right_shift_(7).bitwise_and_(self.ONES)
+        else:
+            bits = self.bytes[:, None].bitwise_right_shift(self.places).bitwise_and_(1)
+        return bits.view(torch.bool).as_strided(self.shape, self.strides)
 
 
 def _described(name: str, shapes: list[tuple]) -> str:
