@@ -34,3 +34,14 @@ def test_the_committed_table_is_made_of_the_committed_lines(tmp_path):
     table.write_text((retraining.ROOT / "retraining.md").read_text(encoding="utf-8"), encoding="utf-8")
     retraining.main(["--table", str(table)])
     assert table.read_text(encoding="utf-8") == (retraining.ROOT / "retraining.md").read_text(encoding="utf-8")
+
+
+def test_accuracy_of_steps_is_tabled_from_its_lines(tmp_path):
+    from resources import accuracy_steps
+
+    page = accuracy_steps.ROOT / "accuracy_steps.md"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    accuracy_steps.main(["--table", str(copy)])
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8")
+    assert len(copy.read_text(encoding="utf-8").split("<!-- steps -->")[1].splitlines()) == 3 + 2 * len(accuracy_steps.NETWORKS) + 0
