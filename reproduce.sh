@@ -63,8 +63,9 @@ progress "one-dimensional illustration"
 progress "rotation on embedded digits, five methods, two seeds"
 SEEDS="1 23" bash rotation/run.sh --data digits --out $OUT/rotation.jsonl
 "$PYTHON" -m rotation.plot $OUT/rotation.jsonl --out-dir $OUT
-progress "label noise on embedded digits, five methods"
-LEVELS=0.4 SEEDS=3 bash label_noise_mwn/run.sh --data digits --out $OUT/label_noise_mwn.jsonl
+progress "label noise on embedded digits, six methods, one of them through the optimizer's own steps"
+METHODS="cross_entropy evograd evograd_guided trajectory mixed_mode second_order" LEVELS=0.4 SEEDS=3 \
+  bash label_noise_mwn/run.sh --data digits --out $OUT/label_noise_mwn.jsonl
 "$PYTHON" -m label_noise_mwn.plot $OUT/label_noise_mwn.jsonl --out-dir $OUT
 progress "cross-domain few-shot on embedded glyphs, four methods"
 METHODS="none evograd evograd_guided second_order" HELD_OUT=serif SHOTS=1 PRETRAIN="--epochs 6" \
