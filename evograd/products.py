@@ -43,6 +43,7 @@ class ByPasses:
         self.sides = 2 if problem.precision.low else sides
         self.curvature, self.eps = None, max(problem.precision.eps, problem.lam.eps)
         self.changes: list[Tensor] = []  # of ℓ and of ∂ℓ/∂λ from θ to its neighbours, over their sizes, step by step
+        self.by_both: list[bool] = []  # whether they are means over both sides
 
     def __call__(self, step: Step, u: list[Tensor], whole: bool, team: processes.Alone) -> Products:
         """whole: whether ∂²ℓ/∂θ² u is wanted.  The list u may be emptied on the way."""
@@ -66,7 +67,7 @@ class ByPasses:
             by_theta[b] = known.by_theta[b].sub_(flat).mul_(-c[k])  # in the memory of ∇ℓ_t, which has served
 
         loss, by_lambda = step.gradients(self.problem, side.position(k), team.mean, take if whole else None)
-        self._note(step, [loss], by_lambda)
+        self._note(step, [loss], [by_lambda])
         by_lambda = self.problem.lam.weighted_sum(torch.stack([c[k], -c[k]]), [by_lambda, known.by_lambda])
         return Products(by_lambda, by_theta if whole else None)
 
@@ -87,7 +88,7 @@ class ByPasses:
             lam = self.problem.lam  # e of the gradients by θ, which are many; of those by λ where there are no others
             pair.see(team.over_shards(sum(squares)) if whole else team.gather(lam.parity(*partials, step.known)))
             pair.read(torch.stack(pair.numbers).tolist())
-        self._note(step, losses, partials[0])
+        self._note(step, losses, partials)
         if isinstance(self.radius, Radius):
             self.radius.judged(pair.curvature, self.radius.retakes > retakes, self.eps)
         if not math.isnan(pair.curvature):
@@ -99,14 +100,15 @@ class ByPasses:
         if isinstance(self.radius, Radius):
             self.radius.run = 0
 
-    def _note(self, step: Step, losses: Sequence[Tensor], by_lambda: Vector.Flat) -> None:
-        """How far the loss and its gradient by λ are from those of the training step."""
-        if step.known is not None and by_lambda.vectors is not None and step.known.vectors is not None:
-            near, at, *_ = self.problem.lam.parity(by_lambda, step.known, None)[1:].sqrt()
-            change = (sum(losses) / len(losses) - step.loss).abs() / step.loss.abs()
-            self.changes.append(torch.stack([change.to(near), near / at]))
-        else:
-            self.changes.append(torch.zeros(2, device=step.loss.device))
+    def _note(self, step: Step, losses: Sequence[Tensor], partials: Sequence[Vector.Flat]) -> None:
+        """How far the loss and its gradient by λ beside θ, means over both sides, are from those of the training step."""
+        change = torch.zeros(2, device=step.loss.device)
+        if step.known is not None and all(flat.vectors is not None for flat in (*partials, step.known)):
+            even, _, at = self.problem.lam.parity(partials[0], partials[-1], step.known).sqrt()
+            loss = (sum(losses) / len(losses) - step.loss).abs() / step.loss.abs()
+            change = torch.stack([loss.to(even), even / (2 * at)])
+        self.changes.append(change)
+        self.by_both.append(len(losses) == 2)
 
     def _at_theta(self, step: Step, whole: bool, team: processes.Alone) -> Gradients:
         """In all digits, where the training step had few."""
@@ -118,7 +120,7 @@ class ByPasses:
 class Exactly:
     """By differentiating twice: the references, which are dearer, and which do not take every model."""
 
-    curvature, changes, eps = None, (), 0.0
+    curvature, changes, by_both, eps = None, (), (), 0.0
 
     def __init__(self, problem: Problem, *_):
         self.problem = problem

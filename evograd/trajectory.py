@@ -231,12 +231,14 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
             f"step {wrong[-1]} of the trajectory did not do what the optimizer's update does: its gradients or parameters were "
             "changed on the way (a hook of the optimizer, p.data), or update= is not its update"
         )
-    if other := [n - 1 - i for i, value in enumerate(read[n:]) if value > ANOTHER]:
+    far = [i for i, value in enumerate(read[n:]) if value > ANOTHER]
+    if far:
         products.distrust()
+    if other := [n - 1 - i for i in far if products.by_both[i]]:
         warn(
             f"train_loss of step {other[-1]} has another value beside θ than it had in training: it reads what has changed since "
             "(attributes of an object, an iterator; bind what it needs, lambda m, x=x, y=y: …), or a direction is ill-conditioned "
-            "(Adam's first steps: begin after a warm-up, or sides=2)"
+            "(Adam's first steps, few hyperparameters: begin after a warm-up, or take several steps)"
         )
     elif growth > GROWN:
         warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))

@@ -50,7 +50,7 @@ def few(*arguments):
     return type(train)(train.images[:480], train.labels[:480]), val, test
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:train_loss of step")  # Adam's first steps, of tiny batches
+pytestmark = pytest.mark.filterwarnings("ignore:train_loss of step")  # Adam's first steps, by one angle
 
 
 def run(tmp_path, method, *extra):
