@@ -172,7 +172,7 @@ class Lookback:
             self.problem.layout = new.at(theta)
             step.gradient = [None] * len(theta)
             self.team.again([("mean", 0)])
-            found = step.gradients(self.problem, self.problem.layout.own, self.team.mean, step.gradient.__setitem__)
+            found = step.gradients(self.problem, self.problem.layout.own, self.team, step.gradient.__setitem__)
             step.at_theta = Gradients(*found, step.gradient)
             old, (theta, states) = new, self._stepped(step)
 

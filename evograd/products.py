@@ -39,7 +39,8 @@ class ByPasses:
     """
 
     def __init__(self, problem: Problem, sides: int, radius: float | Radius):
-        self.problem, self.radius = problem, radius
+        self.problem = problem
+        self.fixed, self.radius = (None, radius) if isinstance(radius, Radius) else (radius, Radius())
         self.sides = 2 if problem.precision.low else sides
         self.curvature, self.eps = None, max(problem.precision.eps, problem.lam.eps)
         self.changes: list[Tensor] = []  # of ℓ and of ∂ℓ/∂λ from θ to its neighbours, over their sizes, step by step
@@ -47,7 +48,7 @@ class ByPasses:
 
     def __call__(self, step: Step, u: list[Tensor], whole: bool, team: processes.Alone) -> Products:
         """whole: whether ∂²ℓ/∂θ² u is wanted.  The list u may be emptied on the way."""
-        due = isinstance(self.radius, Radius) and self.radius.due()
+        due = self.fixed is None and self.radius.due()
         both = due or self.sides == 2 or not step.exact
         again = [("mean", 0)] * whole if due and not step.exact else []
         of_pair = [("mean", 0), ("mean", 0), ("over_shards", 3)] if whole else [("gather", 3)]
@@ -58,22 +59,22 @@ class ByPasses:
 
     def _by_side(self, step: Step, u: list[Tensor], whole: bool, team: processes.Alone) -> Products:
         size, scale = measured(self.problem, u, team)
-        fixed = None if isinstance(self.radius, Radius) else self.radius
-        side, k = Side(self.problem, step, u, size, fixed or self.radius.value * scale, fixed, True), step.t % 2
+        r = self.fixed or self.radius.value * scale
+        side, k = Side(self.problem, step, u, size, r, self.fixed, True), step.t % 2
         c, known = side.coefficients(step.loss), step.at_theta
         by_theta: list[Tensor] = [None] * len(u)
 
         def take(b: int, flat: Tensor) -> None:
             by_theta[b] = known.by_theta[b].sub_(flat).mul_(-c[k])  # in the memory of ∇ℓ_t, which has served
 
-        loss, by_lambda = step.gradients(self.problem, side.position(k), team.mean, take if whole else None)
+        loss, by_lambda = step.gradients(self.problem, side.position(k), team, take if whole else None)
         self._note(step, [loss], [by_lambda])
         by_lambda = self.problem.lam.weighted_sum(torch.stack([c[k], -c[k]]), [by_lambda, known.by_lambda])
         return Products(by_lambda, by_theta if whole else None)
 
     def _by_pairs(self, step: Step, u: list[Tensor], whole: bool, team: processes.Alone, moves: Moves) -> Products:
-        retakes = isinstance(self.radius, Radius) and self.radius.retakes
-        for pair in pairs(self.problem, step, list(u), lambda: list(u), self.radius, team, moves):
+        retakes = self.radius.retakes
+        for pair in pairs(self.problem, step, list(u), lambda: list(u), self.fixed or self.radius, team, moves):
             c, known = pair.coefficients(step.loss), step.at_theta
             by_theta: list[Tensor] = [None] * len(u)
             squares = []
@@ -83,22 +84,20 @@ class ByPasses:
                 by_theta[b] = torch.sub(by_theta[b], flat).mul_(c[0])
 
             passes = (by_theta.__setitem__, subtract) if whole else (None, None)
-            found = [step.gradients(self.problem, pair.position(k), team.mean, passes[k]) for k in (0, 1)]
+            found = [step.gradients(self.problem, pair.position(k), team, passes[k]) for k in (0, 1)]
             losses, partials = zip(*found)
             lam = self.problem.lam  # e of the gradients by θ, which are many; of those by λ where there are no others
             pair.see(team.over_shards(sum(squares)) if whole else team.gather(lam.parity(*partials, step.known)))
             pair.read(torch.stack(pair.numbers).tolist())
         self._note(step, losses, partials)
-        if isinstance(self.radius, Radius):
-            self.radius.judged(pair.curvature, self.radius.retakes > retakes, self.eps)
+        self.radius.judged(pair.curvature, self.radius.retakes > retakes, self.eps)
         if not math.isnan(pair.curvature):
             self.curvature = pair.curvature
         return Products(lam.weighted_sum(c, partials), by_theta if whole else None)
 
     def distrust(self) -> None:
         """The radius was wrong by far: pairs come next."""
-        if isinstance(self.radius, Radius):
-            self.radius.run = 0
+        self.radius.run = 0
 
     def _note(self, step: Step, losses: Sequence[Tensor], partials: Sequence[Vector.Flat]) -> None:
         """How far the loss and its gradient by λ beside θ, means over both sides, are from those of the training step."""
@@ -114,7 +113,7 @@ class ByPasses:
         """In all digits, where the training step had few."""
         by_theta: list[Tensor] = [None] * len(step.theta)
         take = by_theta.__setitem__ if whole else None
-        return Gradients(*step.gradients(self.problem, self.problem.layout.own, team.mean, take), by_theta)
+        return Gradients(*step.gradients(self.problem, self.problem.layout.own, team, take), by_theta)
 
 
 class Exactly:

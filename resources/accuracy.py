@@ -11,7 +11,6 @@ minutes on two cores.
 
 import argparse
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 import evograd
 from cross_domain_fewshot.models import FewShotModel, episode_targets
 from evograd.lab.records import append_run, read_runs
+from evograd.lab.tables import write_between_markers
 from evograd.radius import start
 from label_noise_mwn.models import resnet
 
@@ -237,29 +237,29 @@ def table(runs):
     return "\n".join(lines)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "accuracy.jsonl")
-    parser.add_argument("--table", nargs="?", type=Path, const=ROOT / "accuracy.md", help="write the table into this file")
+def command(argv, doc, networks, measured, table, name):
+    """The command line of this script, and of `accuracy_steps`: result lines in NAME.jsonl, the table in NAME.md."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", nargs="*", metavar="NETWORK", help=f"of {', '.join(networks)}; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / f"{name}.jsonl")
+    parser.add_argument("--table", nargs="?", type=Path, const=ROOT / f"{name}.md", help="write the table into this file")
     args = parser.parse_args(argv)
-    if unknown := set(args.network) - NETWORKS.keys():
-        parser.error(f"{', '.join(sorted(unknown))} given; accepted are {', '.join(NETWORKS)}")
+    if unknown := set(args.network) - networks.keys():
+        parser.error(f"{', '.join(sorted(unknown))} given; accepted are {', '.join(networks)}")
     if args.table:
-        text = args.table.read_text(encoding="utf-8")
-        made = table(read_runs([args.out])[0])
-        new = re.sub(
-            r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", lambda m: m[1] + made + "\n" + m[2], text, flags=re.DOTALL
-        )
-        args.table.write_text(new, encoding="utf-8")
+        write_between_markers(args.table, {name: table(read_runs([args.out])[0])})
         return
+    for network in (bar := tqdm(args.network or networks)):
+        bar.set_description(network)
+        for config, metrics in measured(network):
+            append_run(args.out, name, config, metrics, {}, "cpu")
+            bar.write(json.dumps({**config, **metrics}))
+
+
+def main(argv=None):
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
-        for name in (bar := tqdm(args.network or NETWORKS)):
-            bar.set_description(name)
-            for config, metrics in measured(name):
-                append_run(args.out, "accuracy", config, metrics, {}, "cpu")
-                bar.write(json.dumps({**config, **metrics}))
+        command(argv, __doc__, NETWORKS, measured, table, "accuracy")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,18 @@ weights and a scale of the inputs on scikit-learn's digits with 30 % wrong label
 GPT-2 with LoRA needs peft. Some ten minutes on one core.
 """
 
-import argparse
-import json
-import re
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from sklearn.datasets import load_digits
 from torch import nn
-from tqdm import tqdm
 
 import evograd
-from evograd.lab.records import append_run, read_runs
 
-ROOT = Path(__file__).parent
+from .accuracy import command
+
 N_TRAIN, WARM, HORIZONS = 500, (100, 0), (1, 20)
 
 
@@ -161,23 +156,7 @@ def table(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}; default: all")
-    parser.add_argument("--out", type=Path, default=ROOT / "accuracy_steps.jsonl")
-    parser.add_argument("--table", nargs="?", type=Path, const=ROOT / "accuracy_steps.md", help="write the table into this file")
-    args = parser.parse_args(argv)
-    if unknown := set(args.network) - NETWORKS.keys():
-        parser.error(f"{', '.join(sorted(unknown))} given; accepted are {', '.join(NETWORKS)}")
-    if args.table:
-        text, made = args.table.read_text(encoding="utf-8"), table(read_runs([args.out])[0])
-        new = re.sub(r"(<!-- steps -->\n).*?(<!-- /steps -->)", lambda m: m[1] + made + "\n" + m[2], text, flags=re.DOTALL)
-        args.table.write_text(new, encoding="utf-8")
-        return
-    for name in (bar := tqdm(args.network or NETWORKS)):
-        bar.set_description(name)
-        for config, metrics in measured(name):
-            append_run(args.out, "accuracy_steps", config, metrics, {}, "cpu")
-            bar.write(json.dumps({**config, **metrics}))
+    command(argv, __doc__, NETWORKS, measured, table, "accuracy_steps")
 
 
 if __name__ == "__main__":

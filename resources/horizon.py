@@ -7,11 +7,11 @@ What was run before Trajectory was there, of the same settings, is taken from re
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from evograd.lab.figures import COLOURS, plt, save
 from evograd.lab.records import mean_std, read_runs
+from evograd.lab.tables import write_between_markers
 
 ROOT = Path(__file__).parent
 LINES = (ROOT / "results" / "examples.jsonl", ROOT / "horizon.jsonl")
@@ -168,11 +168,7 @@ def main(argv=None):
     parser.add_argument("--figure", type=Path, default=ROOT / "horizon.png")
     args = parser.parse_args(argv)
     runs = read_runs(args.results)[0]
-    text = args.page.read_text(encoding="utf-8")
-    for name, made in tables(runs).items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, made=made: m[1] + made + "\n" + m[2], text, flags=re.DOTALL)
-    args.page.write_text(text, encoding="utf-8")
+    write_between_markers(args.page, tables(runs))
     figure(runs, args.figure)
 
 

@@ -11,7 +11,6 @@ and the optimizer makes the N steps again, from the same state with the same bat
 import argparse
 import copy
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 import evograd
 from evograd.lab.cli import at_least, seed, writable
 from evograd.lab.records import append_run, mean_std, read_runs
+from evograd.lab.tables import write_between_markers
 
 ROOT = Path(__file__).parent
 BATCH, H = 64, (0.1, 1.0)  # ‖Δλ‖
@@ -128,12 +128,7 @@ def main(argv=None):
     parser.add_argument("--table", nargs="?", type=Path, const=ROOT / "retraining.md", help="write the table into this file")
     args = parser.parse_args(argv)
     if args.table:
-        text = args.table.read_text(encoding="utf-8")
-        made = table(read_runs([args.out])[0])
-        new = re.sub(
-            r"(<!-- retraining -->\n).*?(<!-- /retraining -->)", lambda m: m[1] + made + "\n" + m[2], text, flags=re.DOTALL
-        )
-        args.table.write_text(new, encoding="utf-8")
+        write_between_markers(args.table, {"retraining": table(read_runs([args.out])[0])})
         return
     cases = [(*case, n, s) for case in CASES for n in args.horizons for s in args.seeds]
     for optimizer, lr, warm_up, second_moment, n, s in (bar := tqdm(cases)):

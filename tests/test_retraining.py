@@ -1,6 +1,7 @@
 """λ moved along the hypergradient of a few steps changes the validation loss as predicted, and the table says so."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_the_committed_table_is_made_of_the_committed_lines(tmp_path):
 def test_accuracy_of_steps_is_tabled_from_its_lines(tmp_path):
     from resources import accuracy_steps
 
-    page = accuracy_steps.ROOT / "accuracy_steps.md"
+    page = Path(accuracy_steps.__file__).with_suffix(".md")
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     accuracy_steps.main(["--table", str(copy)])

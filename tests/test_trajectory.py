@@ -23,7 +23,7 @@ from evograd.lab.processes import ALONE
 from evograd.optimizers import UPDATES
 
 from .forked import CONTEXT, server
-from .problems import Tied
+from .problems import Recurrent, Tied
 from .test_torchrun import FEW_SHOT, METAXL, make_step
 
 D, C, BATCH, DTYPE = 5, 3, 8, torch.float64
@@ -42,15 +42,6 @@ OPTIMIZERS = {
     "rmsprop_centered": (RMSPROP, dict(lr=0.01, centered=True, momentum=0.5, weight_decay=0.1, eps=1e-3)),
     "adagrad": (ADAGRAD, dict(lr=0.05, lr_decay=0.1, weight_decay=0.01, initial_accumulator_value=0.1)),
 }
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(D, 6, batch_first=True), nn.Linear(6, C)
-
-    def forward(self, x):
-        return self.head(self.lstm(x.unsqueeze(1).repeat(1, 3, 1))[0][:, -1])
 
 
 def mlp():

@@ -25,7 +25,10 @@ class Alone:
     """One process does everything.
 
     candidates: which of them this process evaluates.
+    averages: whether `mean` is over several processes, so that a gradient by θ has to be whole.
     """
+
+    averages = False
 
     def __init__(self, problem: Problem, n_candidates: int):
         self.problem, self.candidates = problem, range(n_candidates)
@@ -183,6 +186,8 @@ class ByCandidates(_Group):
 class ByBatch(_Group):
     """Each has a part of every batch, of equal size, and evaluates every candidate: losses and gradients are means."""
 
+    averages = True
+
     def __init__(self, *settings):
         super().__init__(*settings)
         self.parts = self.size
@@ -207,6 +212,8 @@ class OfShards(ByBatch):
     Slopes and norms are sums over the shards, of which there may be replicas. A process that fails within a pass leaves the
     others waiting, where FSDP2 gathers parameters: they cannot be told.
     """
+
+    averages = False
 
     def messages(self, move: str, n: int) -> list[tuple]:
         return [] if move == "mean" else [self.message(n)]

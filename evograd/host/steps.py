@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ..operations.kinks import Kinks, OwnKinks
 from .draws import Draws
 from .problem import Problem
+from .processes import Alone
 from .slots import clones, write
 from .vectors import Layout, Position, Vector, exactly
-
-ALONE: list = []  # of which a mean over one process is itself
 
 
 class Kind(NamedTuple):
@@ -101,23 +100,25 @@ class Step:
         return self.at_theta and self.at_theta.by_lambda
 
     def gradients(
-        self, problem: Problem, position: Position, mean: Callable, take: Callable[[int, Tensor], None] | None
+        self, problem: Problem, position: Position, team: Alone, take: Callable[[int, Tensor], None] | None
     ) -> tuple[Tensor, Vector.Flat]:
         """(ℓ, ∂ℓ/∂λ), means over the passes, made again at a position; take(b, flat) gets ∂ℓ/∂θ, once for each bucket.
 
-        mean: of ∂ℓ/∂θ over processes.  take: None where it is not wanted.
+        team: whose mean ∂ℓ/∂θ is.  take: None where it is not wanted.
         """
-        alone = len(self.passes) == 1 and mean(ALONE) is ALONE
-        waiting: list[Tensor | None] = [None] * len(problem.layout.buckets)
-        losses, partials, share = [], [], 1 / len(self.passes)
+        buckets, share = problem.layout.buckets, 1 / len(self.passes)
+        at_once = len(self.passes) == 1 and not team.averages  # a bucket as soon as the backward pass has it
+        taken: set[int] = set()
+        waiting: list[Tensor | None] = [None] * len(buckets)
+        losses, partials = [], []
 
-        def gathered(b: int, flat: Tensor) -> None:
-            flat = problem.layout.buckets[b].padded(flat)
+        def hand_over(b: int, flat: Tensor) -> None:
+            taken.add(b)
+            take(b, buckets[b].padded(flat))
+
+        def gather(b: int, flat: Tensor) -> None:
+            flat = buckets[b].padded(flat)
             waiting[b] = flat * share if waiting[b] is None else waiting[b].add_(flat, alpha=share)
-
-        def handed_over(b: int, flat: Tensor) -> None:
-            waiting[b] = ALONE
-            take(b, problem.layout.buckets[b].padded(flat))
 
         position = list(position)
         for one in self.passes:
@@ -126,13 +127,14 @@ class Step:
                 if take is None:
                     loss, direct = problem.partial(one, position)
                 else:
-                    loss, direct = problem.gradient(one, position, handed_over if alone else gathered)
+                    loss, direct = problem.gradient(one, position, hand_over if at_once else gather)
             losses.append(loss)
             partials.append(problem.lam.flat(direct))
         if take is not None:
-            for b, flat in enumerate(waiting if alone else mean(problem.whole(waiting))):
-                if flat is not ALONE:
-                    take(b, problem.layout.buckets[b].zeros() if flat is None else flat)
+            rest = enumerate([None] * len(buckets) if at_once else team.mean(problem.whole(waiting)))
+            for b, flat in rest:
+                if b not in taken:
+                    take(b, buckets[b].zeros() if flat is None else flat)
         if len(self.passes) == 1:
             return losses[0], partials[0]
         weights = exactly(torch.ones(len(losses), device=losses[0].device)) * share

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -576,3 +576,12 @@ def update_markdown(text: str, tables: list[Table]) -> str:
 
     pattern = r"(?P<start><!-- table:(?P<name>[\w-]+) -->).*?(?P<end><!-- /table -->)"
     return re.sub(pattern, renew, text, flags=re.DOTALL)
+
+
+def write_between_markers(page: Path, parts: Mapping[str, str]) -> None:
+    """Each part between <!-- NAME --> and <!-- /NAME --> in a file; one whose markers it has not is left out."""
+    text = page.read_text(encoding="utf-8")
+    for name, made in parts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")

@@ -84,6 +84,13 @@ def new_model(sharded):
     return model
 
 
+@torch.no_grad()
+def mean_loss(model, text):
+    """Over 512 windows of a text, the same in every call."""
+    batches = windows(text, 512, torch.Generator().manual_seed(0)).split(64)
+    return torch.stack([losses(model, batch).mean() for batch in batches]).mean().item()
+
+
 def train(shares, learn, seed, steps, data, part=slice(None), sharded=False):
     """(test loss, weights of the sources) of a model whose windows are sampled by `shares`. part: this process's of them.
     learn: None, "guided", or N steps to go back through."""
@@ -115,10 +122,7 @@ def train(shares, learn, seed, steps, data, part=slice(None), sharded=False):
             optimizer.zero_grad()
             train_loss(model).backward()  # what it adds to λ's gradient is written over above
             optimizer.step()
-    with torch.no_grad():
-        batches = windows(test, 512, torch.Generator().manual_seed(0)).split(64)
-        test_loss = torch.stack([losses(model, batch).mean() for batch in batches]).mean()
-    return test_loss.item(), logits.detach().softmax(0)
+    return mean_loss(model, test), logits.detach().softmax(0)
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 import evograd
 from evograd.lab.cli import at_least, seed, writable
 from evograd.lab.records import append_run  # result lines of this repository
-from resources.examples.data_mixture import NAMES, losses, new_model, sources, windows
+from resources.examples.data_mixture import NAMES, losses, mean_loss, new_model, sources, windows
 
 METHODS = ("uniform", "learned")
 BATCH, VAL_BATCH, ACCUMULATED, EVERY, WARM_UP = 12, 128, 2, 20, 20
@@ -114,10 +114,7 @@ def fine_tune(model, learn, seed, steps, data):
         )
         trainer.train()
     model.eval()
-    with torch.no_grad():
-        batches = windows(test, 512, torch.Generator().manual_seed(0)).split(64)
-        test_loss = torch.stack([losses(model, batch).mean() for batch in batches]).mean()
-    return test_loss.item(), logits.detach().softmax(0)
+    return mean_loss(model, test), logits.detach().softmax(0)
 
 
 def main(argv=None):
