@@ -238,17 +238,21 @@ def twice_differentiable():
     except RuntimeError as error:
         for words, what in NO_DOUBLE_BACKWARD:
             if words in str(error):
+                what = what.format(error=error)
                 raise RuntimeError(f"double backward through {what}. EvoGrad and guided need first derivatives alone") from error
         raise
 
 
 COMPILED = "a compiled model, which PyTorch has not; take it uncompiled, as mixed mode does"
 NESTED = "a nested tensor, which PyTorch has not; take its parts before the first layer (unbind())"
+MISSING = "which PyTorch has not ({error})"
 NO_DOUBLE_BACKWARD = (  # words of PyTorch's error, and what it means
     ("donated buffers", COMPILED),
     ("does not currently support double backward", COMPILED),
     ("output of a function that returns multiple views", NESTED),
     ("_nested_from_padded_tensor", NESTED),
+    ("derivative for aten::_scaled_dot_product", f"fused attention, {MISSING}; take it within sdpa_kernel(SDPBackend.MATH)"),
+    ("derivative for aten::", f"an operation, {MISSING}"),
 )
 
 

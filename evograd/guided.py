@@ -7,7 +7,7 @@ strategies (Maheswaranathan et al., ICML 2019). It is one nudge of Zucchet et al
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .evaluation import Stream, in_place
 from .host import processes
-from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive, check_rate, kept
+from .host.checks import Closure, Parameters, check_differences, check_lookahead, check_positive, check_rate, kept, warn
 from .host.draws import Occasions
 from .host.precision import Precision
 from .host.problem import Problem
-from .host.result import Hypergradient, estimator, looked_at
+from .host.result import ANOTHER, Hypergradient, estimator, looked_at
 from .host.vectors import Position, Vector, norm, norms
 from .operations.kinks import Kinks, OwnKinks
 from .radius import RETAKES, Radius, better, is_found, start
@@ -117,6 +117,7 @@ def guided(
         return result
 
 
+AT_THETA = "train_loss at θ"
 MEASURED, PAIR = [("over_shards", 3)], [("gather", 2), ("gather", 3)]  # what is sent of the direction, and of each pair
 
 
@@ -136,7 +137,7 @@ class AtTheta:
         problem = self.problem
         with self.occasions.of(0, again=True), self.kinks.shared():
             loss, direct, gradient = problem.gradient_of(problem.train_loss, [problem.theta])
-        self.known, self.losses = problem.lam.flat(direct), {"train_loss at θ": loss}
+        self.known, self.losses = problem.lam.flat(direct), {AT_THETA: loss}
         return gradient
 
     def look(self, needed: bool) -> None:
@@ -275,8 +276,17 @@ class Pair:
     def found(self) -> bool:
         return is_found(self.curvature, self.apart, self.eps)
 
-    def check_digits(self, precision: Precision) -> None:
-        """Errors and warnings where the two of a pair are so close that their difference is rounding."""
+    def check(self, precision: Precision, losses: Mapping[str, float]) -> None:
+        """Errors and warnings where the two of a pair are so close that their difference is rounding, or are of another loss."""
+        at_theta = losses.get(AT_THETA, math.nan)
+        beside = sum(losses[f"train_loss of candidate {k}"] for k in (0, 1)) / 2
+        slope_too = self.curvature * self.apart * self.eps > 2 * ANOTHER  # ‖g₊ + g₋ − 2g₀‖ > 2 ANOTHER ‖g₊‖
+        if slope_too and abs(beside - at_theta) > ANOTHER * abs(at_theta):
+            warn(
+                f"train_loss is {at_theta:.4g} at θ and {beside:.4g} on average of a pair beside it: it asks whether what the model "
+                "computes requires grad (h.requires_grad), which it does not at a candidate, or has another value at each call "
+                "(evograd.check tells), or the radius is too large"
+            )
         if not precision.low:
             return
         if self.fixed is None and (self.apart < 2 or self.curvature > 0.5):

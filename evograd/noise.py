@@ -6,7 +6,7 @@ Noise is drawn again from its seeds whenever it is needed, and not stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -189,7 +189,7 @@ class Perturbed:
     def read(self, values: Sequence[float]) -> None:
         pass
 
-    def check_digits(self, precision: Precision) -> None:
+    def check(self, precision: Precision, losses: Mapping[str, float]) -> None:
         """A warning where losses in few digits do not tell candidates apart."""
         if precision.low and self.sigma < (enough := RESOLVED * precision.eps * self.layout.root_mean_square()):
             warn(

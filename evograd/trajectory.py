@@ -20,7 +20,7 @@ from .host import processes
 from .host.checks import Closure, Parameters, check_choice, check_count, check_positive, refuse_sharded, warn
 from .host.precision import full_precision
 from .host.problem import Problem
-from .host.result import Hypergradient, check_finite, estimator
+from .host.result import ANOTHER, Hypergradient, check_finite, estimator
 from .host.sharded import local
 from .host.slots import clones, write
 from .lookback import Lookback
@@ -31,7 +31,6 @@ from .recording import Recording
 
 STRATEGIES = ("stream", "in_place")
 GROWN, CURVED = 1e3, 0.1  # how far the direction may grow on its way back, and the curvature of a pair
-ANOTHER = 0.05  # by how much a loss, and its gradient by λ, may both change to θ's neighbours
 ILL = (
     "{}: the hypergradient may be far off. Begin after a warm-up, in which Adam's second moment grows (step with the optimizer "
     "alone, or clear()), take fewer steps, sides=2, or a larger eps"
@@ -222,7 +221,7 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
     gaps, growth = back.gaps_and_growth()
     changes = [change.min() for change in products.changes]  # where both are large, there is another batch
     before = {f"train_loss of step {t}": loss for t, loss in enumerate(result.candidate_losses.unbind())}
-    read = check_finite(result.candidate_losses, result.val_loss, result.grads, [growth, *gaps, *changes], before)
+    _, read = check_finite(result.candidate_losses, result.val_loss, result.grads, [growth, *gaps, *changes], before)
     if not read:
         return result
     growth, read, n = read[0], read[1:], len(gaps)

@@ -1,6 +1,7 @@
 """How the agreement of two hypergradients is measured, and every estimator compared on a problem of one's own."""
 
 import copy
+import functools
 import itertools
 import random
 import re
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import evograd
 from evograd import comparison, measuring
+from evograd.baselines import unrolled
 from evograd.comparison import agreement, estimates
 from evograd.lab.quality import QualityLog
 from evograd.ranking import Row, ranked
@@ -376,6 +378,28 @@ def test_a_loss_that_is_another_one_when_it_is_called_again_is_refused(how, whic
     losses[which] = lambda m: plain(m) * draws[how]()
     with pytest.raises(RuntimeError, match=f"{which} is .*, and .* when it is evaluated again at the same parameters.*NumPy"):
         call(*losses.values(), problem.model, problem.hyperparameters)
+
+
+def guarded(m):
+    """A penalty where what the model computes requires grad, of strength λ."""
+    h = m[1](m[0](torch.ones(6, 4)))
+    return lam.exp() * h.square().mean() + m[2](h).square().mean() if h.requires_grad else (lam * m[2](h).square()).mean()
+
+
+lam = torch.zeros((), requires_grad=True)
+
+
+def test_a_loss_that_asks_what_requires_grad_is_refused_and_told_of():
+    """Where no graph is made for a candidate it is another one."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    problem = (guarded, lambda m: m(torch.ones(2, 4)).square().mean(), model, [lam])
+    for call in (evograd.check, functools.partial(evograd.compare, inner_lr=0.1, repeats=1, verbose=False)):
+        with pytest.raises(RuntimeError, match=r"train_loss is .* where a graph is made for the parameters: .*h.requires_grad"):
+            call(*problem)
+    with pytest.warns(UserWarning, match=r"train_loss is .* at θ and .* on average of a pair beside it: .*h.requires_grad"):
+        evograd.guided(*problem, inner_lr=0.1)
+    exact = unrolled(*problem, inner_lr=0.1).grads
+    torch.testing.assert_close(evograd.mixed_mode(*problem, inner_lr=0.1).grads, exact)
 
 
 def test_a_loss_that_draws_by_torch_is_taken():

@@ -481,18 +481,22 @@ def test_the_same_numbers_are_drawn_in_channels_last(float64):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind, packed=False, **settings):
+    def __init__(self, kind, packed=None, **settings):
         super().__init__()
         self.packed, self.net = packed, getattr(nn, kind)(5, 3, batch_first=True, **settings)
 
     def forward(self, x):
         if not self.packed:
             return self.net(x)[0][..., :3]
-        packed = nn.utils.rnn.pack_padded_sequence(x, [4, 3, 2, 1], batch_first=True)
+        lengths = [4, 3, 2, 1] if self.packed == "sorted" else [3, 1, 4, 2]
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.packed == "sorted")
         return nn.utils.rnn.pad_packed_sequence(self.net(packed)[0], batch_first=True)[0]
 
 
-@pytest.mark.parametrize("settings", [{}, {"packed": True}, {"num_layers": 2, "dropout": 0.4, "bidirectional": True}], ids=str)
+SEVERAL = {"num_layers": 2, "dropout": 0.4, "bidirectional": True}
+
+
+@pytest.mark.parametrize("settings", [{}, {"packed": "sorted"}, {"packed": "unsorted"}, SEVERAL], ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_recurrent_networks(kind, settings, float64):
     x, y = torch.randn(4, 4, 5), torch.randint(3, (4,))
@@ -521,6 +525,7 @@ ALLOWED = {
     "in place on a view": lambda h: (lambda z: (z[:, 0].mul_(2), z)[1])(h * 1),
     "foreach norms": lambda h: h * torch.stack(torch._foreach_norm([h, h.square()])).sum(),
     "foreach 1-norms": lambda h: h * torch.stack(torch._foreach_norm([h, h.exp()], 1)).sum(),
+    "in place on integers": lambda h: h * torch.empty_like(h, dtype=torch.long).fill_(2).scatter_(0, torch.zeros_like(h).long(), 3),
     "tensor_split": lambda h: torch.cat(h.tensor_split(torch.tensor([2, 5]), 1)[::-1], 1),
 }
 

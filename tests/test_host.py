@@ -396,6 +396,20 @@ def test_parameters_that_a_first_call_adds_are_named(what, estimator, float64):
     CALLS[estimator](*problem.args())
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("which", ["a parameter", "a buffer", "λ"])
+def test_what_is_on_the_meta_device_has_no_values(which, estimator):
+    problem = problem_of(nn.Sequential(nn.Linear(D, 6), nn.BatchNorm1d(6), nn.Linear(6, C)), "losses")
+    if which == "λ":
+        problem.hyperparameters[:] = [torch.zeros(3, device="meta", requires_grad=True)]
+        words = r"hyperparameters\[0\] is on the meta device, without values"
+    else:
+        problem.model[2 if which == "a parameter" else 1].to("meta")
+        words = "model: '(weight|running_mean)' is on the meta device, without values; model.to_empty"
+    with pytest.raises(ValueError, match=words):
+        ESTIMATORS[estimator](*problem.args())
+
+
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(6), nn.LazyBatchNorm1d(affine=False)])
 def test_a_lazy_module_has_to_be_called_once_before(lazy):
     problem = problem_of(nn.Sequential(nn.Linear(D, 6), lazy, nn.Linear(6, C)), "losses")
@@ -1162,6 +1176,33 @@ def test_higher_refuses_what_runs_before_a_module(float64):
     assert relative_difference(exact, found) < 1e-6
 
 
+class Dropped(nn.Module):
+    """An LSTM some of whose weights are dropped: a tensor, or another parameter, at each call."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.net = kind, nn.LSTM(D, C, batch_first=True)
+        self.raw = self.net._parameters.pop("weight_hh_l0")
+
+    def forward(self, x):
+        self.net.weight_hh_l0 = self.kind(F.dropout(self.raw, 0.5))
+        return self.net(x[:, None])[0][:, 0]
+
+
+@pytest.mark.parametrize("kind", [nn.Identity(), nn.Parameter])
+def test_what_higher_cannot_copy_is_said(kind):
+    x, y, lam = torch.randn(N, D), torch.randint(C, (N,)), torch.zeros(N, requires_grad=True)
+    losses = lambda m: (lam.sigmoid() * F.cross_entropy(m(x), y, reduction="none")).mean(), lambda m: F.cross_entropy(m(x), y)
+    model = Dropped(kind)
+    model(x)
+    with pytest.raises(NotImplementedError, match="engine='higher' cannot call its copy of this model .*use engine='functional'"):
+        b.unrolled(*losses, model, [lam], inner_lr=ETA, engine="higher")
+    parts = nn.Sequential(nn.Linear(D, 5), nn.Linear(5, C))
+    losses = [lambda m, loss=loss: loss(lambda x: m[1](m[0](x))) for loss in losses]
+    with pytest.raises(NotImplementedError, match="engine='higher' cannot call its copy of this model"):
+        b.unrolled(*losses, parts, [lam], inner_lr=ETA, engine="higher")
+
+
 class Fixed(nn.Module):
     """A layer whose matrix is a buffer of another kind: float8, quantised, sparse. `rebinds`: to what it has itself computed."""
 
@@ -1249,7 +1290,7 @@ KINKED = {"relu": F.relu, "relu6": F.relu6, "elu": lambda t: F.elu(t, 2.0), "cla
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
 @pytest.mark.parametrize("kinked", KINKED)
-def test_nested_tensors_are_for_estimators_of_first_order(kinked):
+def test_nested_tensors_are_for_estimators_of_first_order(kinked, monkeypatch):
     torch.manual_seed(0)
     sets, y = [torch.randn(n, D).double() for n in (3, 9, 2, 4)], torch.tensor([0, 1, 2, 1])
     weights, model = torch.zeros(4).double().requires_grad_(), Sets(KINKED[kinked])
@@ -1270,8 +1311,10 @@ def test_nested_tensors_are_for_estimators_of_first_order(kinked):
     settings = dict(inner_lr=ETA, lookahead=ahead)
     expected = evograd.guided(*of(sets), **settings).grads
     assert relative_difference(evograd.guided(*of(nested), kinks=kinks, **settings).grads, expected) < 1e-6
-    with pytest.raises(NotImplementedError, match="nested tensors cannot be used.*unbind.* or use evograd.guided"):
-        evograd.mixed_mode(*of(nested), inner_lr=ETA)
+    for looking in (False, True):  # where there is TorchScript
+        monkeypatch.setattr(evograd.operations.forward_mode, "scripted", lambda model, looking=looking: looking)
+        with pytest.raises(NotImplementedError, match="nested tensors cannot be used.*unbind.* or use evograd.guided"):
+            evograd.mixed_mode(*of(nested), inner_lr=ETA)
     for estimator in (b.unrolled, b.neumann):
         with pytest.raises(RuntimeError, match="double backward through a nested tensor, .*unbind.* guided need first derivatives alone"):
             estimator(*of(nested), inner_lr=ETA)

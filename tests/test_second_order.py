@@ -391,6 +391,35 @@ def test_what_is_changed_in_torch_is_changed_till_the_last_block_ends(block):
     assert state() == before
 
 
+def attention(m):
+    q = m(torch.ones(2, 4, 8))
+    return F.scaled_dot_product_attention(q, q, q).square().mean()
+
+
+def ctc(m):
+    log_probabilities = m(torch.ones(5, 2, 8)).log_softmax(-1)
+    return F.ctc_loss(log_probabilities, torch.ones(2, 3).long(), torch.full((2,), 5), torch.full((2,), 3))
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (attention, r"fused attention, which PyTorch has not \(.*attention.*take it within sdpa_kernel\(SDPBackend.MATH\)"),
+        (ctc, r"an operation, which PyTorch has not \(derivative for aten::_ctc_loss_backward is not implemented\)"),
+    ],
+)
+def test_an_operation_of_one_derivative_is_named(loss, words):
+    model, lam = nn.Linear(8, 8), torch.tensor(0.3, requires_grad=True)
+    problem = (lambda m: lam * loss(m), lambda m: m.weight.square().sum(), model, [lam])
+    for estimate in (evograd.baselines.unrolled, evograd.baselines.neumann):
+        with pytest.raises(RuntimeError, match=f"double backward through {words}"):
+            estimate(*problem, inner_lr=ETA)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        found = evograd.guided(*problem, inner_lr=ETA).grads
+        if loss is attention:
+            assert relative_difference(found, evograd.baselines.unrolled(*problem, inner_lr=ETA).grads) < 1e-2
+
+
 def test_a_function_without_second_derivative_is_refused_where_it_would_be_left_out():
     """Autograd calls the part of such a function unused; guided and mixed mode need no second derivative."""
     problem = bilevel("mlp")

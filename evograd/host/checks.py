@@ -60,10 +60,12 @@ def check_closures(train_loss: Closure, val_loss: Closure, model: nn.Module) -> 
 
 
 def check_built(tensors: Iterable[tuple[object, Tensor]]) -> None:
-    """ValueError for what a lazy module has not made yet. tensors: a model's, each with its name."""
+    """ValueError for what has no values yet. tensors: a model's, each with its name."""
     for name, tensor in tensors:
         if is_lazy(tensor):
             raise ValueError(f"model: {name!r} of a lazy module is not there yet; call the model once before, which makes it")
+        if tensor.device.type == "meta":
+            raise ValueError(f"model: {name!r} is on the meta device, without values; model.to_empty(device=…), then load them")
 
 
 def checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
@@ -81,6 +83,8 @@ def checked_hyperparameters(hyperparameters: Sequence[Tensor]) -> list[Tensor]:
         if not isinstance(h, Tensor) or not h.requires_grad:
             what = "does not require grad" if isinstance(h, Tensor) else f"is {type(h).__name__}"
             raise ValueError(f"hyperparameters[{i}] {what}; each must be a tensor with requires_grad=True")
+        if h.device.type == "meta":
+            raise ValueError(f"hyperparameters[{i}] is on the meta device, without values; each must be a tensor that has some")
     return hyperparameters
 
 

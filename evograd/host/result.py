@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .checks import capturing, warn
 
 APART = 8  # by fewer eps, and a difference is rounding in good part
+ANOTHER = 0.05  # by how much a loss, and its gradient by λ, may both change to θ's neighbours
 UNRESOLVED = (
     "hyperparameters[{i}]: the gradients of two candidates by it differ by {apart:.2g} eps of {dtype}, so that the estimate for "
     "it is rounding in large part, if it acts on the parameters at all. Candidates further apart (guided: radius, hypergradient: "
@@ -85,13 +86,13 @@ def looked_at(result: Hypergradient, problem, evaluation, candidates) -> Hypergr
     two = [] if known or problem.precision.low or candidates.tells_apart is False else evaluation.first_two()
     apart = problem.lam.apart(*two, candidates.tells_apart) if two else []
     also = [*apart, *candidates.numbers]
-    values = check_finite(result.candidate_losses, result.val_loss, result.grads, also, candidates.before)
+    losses, values = check_finite(result.candidate_losses, result.val_loss, result.grads, also, candidates.before)
     candidates.read(values[len(apart) :])
     if candidates.found or candidates.last:
         if (i := _unresolved(problem.hyperparameters, values[: len(apart)], candidates.settings)) is not None:
             warn(UNRESOLVED.format(i=i, apart=values[i], dtype=problem.hyperparameters[i].dtype))
         if not isinstance(result.val_loss, FakeTensor):
-            candidates.check_digits(problem.precision)
+            candidates.check(problem.precision, losses)
     curvature = None if math.isnan(candidates.curvature) else candidates.curvature
     return replace(result, curvature=curvature)
 
@@ -112,13 +113,14 @@ def _unresolved(hyperparameters: Sequence[Tensor], apart: Sequence[float], setti
 
 def check_finite(
     train_losses: Tensor, val_loss: Tensor, grads: Sequence[Tensor], also: Sequence[Tensor] = (), before: Mapping[str, Tensor | None] = {}  # noqa: B006
-) -> list[float]:
-    """NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host synchronisation of a step, at its end.
+) -> tuple[dict[str, float], list[float]]:
+    """(losses by name, also) on the host; NotFinite, a RuntimeError, if a loss or a gradient is NaN or infinite. The one host
+    synchronisation of a step, at its end.
 
     also: other numbers, which come along.  before: losses that came before the candidates, by name; None for val_loss.
     """
     if isinstance(val_loss, FakeTensor) or capturing(val_loss):
-        return []
+        return {}, []
     some = [g for g in grads if g.numel()]
     largest = torch._foreach_norm(some, math.inf) if some else []
     n = len(train_losses)
@@ -141,4 +143,4 @@ def check_finite(
                 f"the gradient by hyperparameters[{i}] is not finite, although the losses are: an operation has no "
                 "finite derivative where it was taken (a root or a norm at zero, say)"
             )
-    return values[end + len(others) :]
+    return losses, values[end + len(others) :]

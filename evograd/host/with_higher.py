@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ def by_higher(
             f"engine='higher' calls no hooks, and {hooked[0]} has one (torch.nn.utils.weight_norm or prune, say, whose weight "
             "it would not make anew); use engine='functional'"
         )
+    within = Path(higher.__file__).parent
     optimizer = torch.optim.SGD([own[name] for name in problem.theta], lr=inner_lr)
     optimizer.param_groups[0]["params"] = _Uncopied(optimizer.param_groups[0]["params"])
     modes = [(module, module.training) for module in model.modules()]
@@ -53,6 +56,13 @@ def by_higher(
             with _standing_in(problem, functional):
                 val = problem.scalar(val_loss, val_loss(functional))
             return first, val.detach(), partial(val, problem.hyperparameters)
+    except (AttributeError, KeyError) as error:
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent == within or "InnerFunctional" in str(error):
+            raise NotImplementedError(
+                f"engine='higher' cannot call its copy of this model ({type(error).__name__}: {error}): modules that replace their "
+                "weights by tensors of their own, or that are called by themselves alone; use engine='functional'"
+            ) from error
+        raise
     finally:
         for module, mode in modes:
             module.training = mode

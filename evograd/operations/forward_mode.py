@@ -62,6 +62,7 @@ def unseen(name: str, row: Row) -> NotImplementedError:
 PLAIN = (
     "use its plain form (eager attention or SDPBackend.MATH instead of fused attention, broadcast differences instead of cdist)"
 )
+NESTED = "where nested tensors cannot be used: {error}"
 # Words of PyTorch's error, what it means, and a way out beside evograd.guided; in the order in which they are looked for.
 LIMITS = (
     ("Trying to use forward AD with", "and an operation in it has no formula for that: {error}", PLAIN),
@@ -73,7 +74,8 @@ LIMITS = (
     ("doesn't have storage", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
     ("storage of TensorWrapper", "where an operation in it cannot read a tensor's memory: {error}", "leave it out"),
     ("tensors do not have strides", "where sparse tensors cannot be used: {error}", "make them dense"),
-    ("NestedTensor does not support", "where nested tensors cannot be used: {error}", "take their parts before the first layer (unbind())"),
+    ("NestedTensor does not support", NESTED, "take their parts before the first layer (unbind())"),
+    ("NestedIntNode", NESTED, "take their parts before the first layer (unbind())"),
     ("derivative for", "and the formula of an operation in it cannot be differentiated again: {error}", PLAIN),
     ("functorch", "where this cannot be done: {error}", "leave it out"),
 )
@@ -84,7 +86,7 @@ def explained() -> Iterator[None]:
     """What cannot be taken in forward mode is a NotImplementedError of one sentence, whatever PyTorch makes of it."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         for words, what, way_out in LIMITS:
             if words in str(error):
                 what = what.format(error=str(error).splitlines()[0].rstrip("."))
@@ -400,9 +402,9 @@ def backward(*args, **kwargs):
 
 
 def _dual(value, tangent: Tensor | None, level: int):
-    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+    if not isinstance(value, Tensor):
         return value
-    value = torch._C._functorch._wrap_for_grad(value, level)
+    value = torch._C._functorch._wrap_for_grad(value, level)  # integers too, for a loss may write into them
     return value if tangent is None else forward_ad.make_dual(value, torch._C._functorch._wrap_for_grad(tangent, level))
 
 
