@@ -7,6 +7,7 @@ What was run before Trajectory was there, of the same settings, is taken from re
 """
 
 import argparse
+import math
 from pathlib import Path
 
 from evograd.lab.figures import COLOURS, plt, save
@@ -120,6 +121,7 @@ def tables(runs):
         "until as good as the grid's best": (lambda m: of("schedule", "until")(m) if m == "learned" else [], 1),
         "learning rate, first hundred steps": (lambda m: [r[0] for r in of("schedule", "rates")(m)], 4),
         "last hundred": (lambda m: [r[-1] for r in of("schedule", "rates")(m)], 4),
+        "geometric mean": (lambda m: [math.prod(r) ** (1 / len(r)) for r in of("schedule", "rates")(m)], 4),
         "weight decay": (of("schedule", "decay"), 5),
     }
     return {

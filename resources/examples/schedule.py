@@ -46,19 +46,18 @@ def train(rates, decay, seed, steps, splits, learn=False):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=rates[0], momentum=0.9)
-    scale = torch.ones((), requires_grad=True)  # a Trajectory wants a hyperparameter of the loss; this one stays
-    trajectory = evograd.Trajectory(model, optimizer, [scale])
+    trajectory = evograd.Trajectory(model, optimizer, [])  # the optimizer's settings alone
     x, y = splits["train"]
     part = [t * PARTS // steps for t in range(steps)]
     for t in range(steps):
         optimizer.param_groups[0].update(lr=rates[part[t]], weight_decay=decay)
         chosen = torch.randint(len(y), (BATCH,))
-        train_loss = lambda m: scale * F.cross_entropy(m(x[chosen]), y[chosen])
+        train_loss = lambda m: F.cross_entropy(m(x[chosen]), y[chosen])
         if learn:
             trajectory.step(train_loss)
         else:
             optimizer.zero_grad()
-            train_loss(model).backward(inputs=list(model.parameters()))
+            train_loss(model).backward()
             optimizer.step()
     losses = {name: (lambda m, own=splits[name]: F.cross_entropy(m(own[0]), own[1])) for name in ("val", "test")}
     found = [losses[name](model).item() for name in losses]
