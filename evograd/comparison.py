@@ -19,7 +19,8 @@ from .baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from .guided import guided
 from .host.checks import Closure, Parameters, check_count, check_rate, checked_hyperparameters, kept
 from .host.gathering import partial as partial_derivatives
-from .host.problem import Problem, Unsteady
+from .host.problem import Problem
+from .host.repeats import Unsteady, check_repeats
 from .host.result import Hypergradient
 from .host.stand_ins import StandIn
 from .hypergradient import hypergradient
@@ -152,12 +153,13 @@ def check(
     *,
     parameters: Parameters = None,
 ) -> None:
-    """Evaluate each loss twice at θ, with the same random draws: RuntimeError where the two differ, with what to look for.
+    """Evaluate each loss at θ, twice and with a graph, with the same random draws: RuntimeError where values differ, with what to
+    look for.
 
     Such a loss is another one for each candidate of an estimator, which then is wrong without a word. Args as in
     `evograd.hypergradient`; the model is left as it was.
     """
-    Problem(train_loss, val_loss, model, hyperparameters, kept(parameters), None).check_repeats()
+    check_repeats(Problem(train_loss, val_loss, model, hyperparameters, kept(parameters), None))
 
 
 class _Run:
@@ -180,7 +182,7 @@ class _Run:
 
     def check(self) -> None:
         try:
-            self.problem.check_repeats()
+            check_repeats(self.problem)
         except Unsteady:
             raise
         except Exception:  # whatever else a loss cannot do is a line of the table

@@ -402,6 +402,16 @@ def test_a_loss_that_asks_what_requires_grad_is_refused_and_told_of():
     torch.testing.assert_close(evograd.mixed_mode(*problem, inner_lr=0.1).grads, exact)
 
 
+def test_running_statistics_beside_the_model_are_found():
+    """Autograd does not count what batch_norm writes."""
+    mean, var = torch.zeros(3), torch.ones(3)
+    loss = lambda m: F.batch_norm(m(torch.randn(6, 4)), mean, var, training=True).square().mean()
+    model, lam = nn.Linear(4, 3), torch.ones((), requires_grad=True)
+    for losses in ((lambda m: lam * loss(m), lambda m: m.weight.sum()), (lambda m: lam * m.weight.sum(), loss)):
+        with pytest.raises(RuntimeError, match="a loss has written into .*(mean|var).* which it reaches beside the model"):
+            evograd.check(*losses, model, [lam])
+
+
 def test_a_loss_that_draws_by_torch_is_taken():
     problem = bilevel("dropout")
     state = torch.get_rng_state()

@@ -26,21 +26,6 @@ from .vectors import Layout, Position, Vector
 NO_GRAPH = ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad")
 
 
-NOT_AGAIN = (
-    "when it is evaluated again at the same parameters, with the same draws of torch: it draws by another generator (NumPy's, "
-    "random, a loader's iterator), or keeps something between calls that is no buffer of a module (a counter, a cache, a teacher "
-    "that it updates). Each candidate would have another loss: do that outside of it"
-)
-NOT_GRAPH = (
-    "where a graph is made for the parameters: it asks whether what the model computes requires grad (h.requires_grad), which it "
-    "does not at a candidate of EvoGrad or guided; ask torch.is_grad_enabled() or model.training, or take evograd.mixed_mode"
-)
-
-
-class Unsteady(RuntimeError):
-    """A loss is another one each time it is evaluated."""
-
-
 class Problem:
     """A bilevel problem min_λ ℓ_V(θ*(λ), λ) around the parameters θ of a model.
 
@@ -124,18 +109,18 @@ class Problem:
         except RuntimeError as error:
             if any(words in str(error) for words in NO_GRAPH):
                 raise RuntimeError(
-                    f"{self._which(closure)} takes a gradient in which there is no graph here ({error}): gradients by the model's "
+                    f"{self.which(closure)} takes a gradient in which there is no graph here ({error}): gradients by the model's "
                     "parameters inside of a loss are for evograd.baselines.unrolled; by other tensors, call requires_grad_() on them "
                     "before they are used"
                 ) from error
             raise
 
-    def _which(self, closure: Closure) -> str:
+    def which(self, closure: Closure) -> str:
         return "train_loss" if closure is self.train_loss else "val_loss"
 
     def scalar(self, closure: Closure, value: object) -> Tensor:
         """The value of a loss, as ()."""
-        which = self._which(closure)
+        which = self.which(closure)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
             what = (
                 f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -158,26 +143,11 @@ class Problem:
                 "meant to be constant, or use hypergradient with strategy='in_place', where they are the same"
             )
 
-    def check_repeats(self) -> None:
-        """Unsteady, a RuntimeError, if a loss has another value when it is evaluated again, at θ with the same draws: first without
-        a graph for θ, as at a candidate, then with one, as in training.
-        """
-        with self.undisturbed():
-            for closure in (self.train_loss, self.val_loss):
-                state, values = self.draws.state(), []
-                for block in (self.at, self.at, lambda at: self._differentiable(at)[1]):
-                    with self.draws.replay(state), block([self.theta]):
-                        values.append(self.evaluate(closure).item())
-                eps = self.precision.eps
-                for other, limit, why in zip(values[1:], (16 * eps, eps**0.5), (NOT_AGAIN, NOT_GRAPH)):  # kernels may differ
-                    if abs(values[0] - other) > limit * max(abs(values[0]), abs(other)):
-                        raise Unsteady(f"{self._which(closure)} is {values[0]!r}, and {other!r} {why}")
-
     def at(self, position: Position) -> AbstractContextManager:
         """The model at a position, which has no graph of its own."""
         return self.holding(_whole(position)) if self.place is None else self.place.at(position, differentiable=False)
 
-    def _differentiable(self, at: Position) -> tuple[dict[str, Tensor], AbstractContextManager]:
+    def differentiable(self, at: Position) -> tuple[dict[str, Tensor], AbstractContextManager]:
         """(θ by name, the model at a position, which has a graph from there on)"""
         if self.place is not None:
             return self.place.parameters, self.place.at(at, differentiable=True)
@@ -199,7 +169,7 @@ class Problem:
         A bucket's gradient is handed over as soon as the backward pass has it, so that the whole need never exist at once. On a
         sharded model that is when the pass has ended, a process's shards being whole anyway.
         """
-        ours, block = self._differentiable(at)
+        ours, block = self.differentiable(at)
         n = len(self.hyperparameters)
         with block:
             value = self.evaluate(closure)
@@ -326,7 +296,11 @@ class Problem:
                 self.sharding.copy_flags()
         written = [self.own[name] for name, version in versions.items() if self.own[name]._version != version]
         self.slots.check_written(written, changed=True)
-        if written := [name for name, version in beside.items() if self.reach.tensors[name]._version != version]:
+        self.check_beside([name for name, version in beside.items() if self.reach.tensors[name]._version != version])
+
+    def check_beside(self, written: Sequence[str]) -> None:
+        """RuntimeError if a loss has written into tensors that nobody looks after, by name."""
+        if written:
             raise RuntimeError(
                 f"a loss has written into {some(written)}, which it reaches beside the model, so that each evaluation sees "
                 "what another has left there; do that outside of the losses, or make it a buffer of a module, of which each has "
@@ -342,10 +316,3 @@ def emptied(tensors: list[Tensor]) -> Iterator[Tensor]:
 
 def _whole(position: Position) -> dict[str, Tensor]:
     return {name: tensor for part in position for name, tensor in part.items()}
-
-
-def at(model: nn.Module, parameters: Mapping[str, Tensor], function: Callable):
-    """function(model) with `parameters`, by name, in place of the model's own."""
-    own = dict(model.named_parameters())
-    with Slots(model).holding((own[name], tensor) for name, tensor in parameters.items()):
-        return function(model)

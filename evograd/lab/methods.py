@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..baselines import conjugate_gradient, finite_difference, neumann, unrolled
 from ..comparison import Estimate, estimates
 from ..guided import guided
-from ..host.problem import at
 from ..host.result import Hypergradient
+from ..host.slots import Slots
 from ..hypergradient import hypergradient
 from ..mixed_mode import mixed_mode
 from ..operations.kinks import Kinks
@@ -325,3 +325,10 @@ def _in_each(estimator: Callable, processes: Processes, *problem, **settings) ->
     """The mean over the processes: devices differ in the last bit, and λ must not drift apart."""
     result = estimator(*problem, **settings)
     return replace(result, grads=[processes.mean(g) for g in result.grads])
+
+
+def at(model: nn.Module, parameters: Mapping[str, Tensor], function: Callable):
+    """function(model) with `parameters`, by name, in place of the model's own."""
+    own = dict(model.named_parameters())
+    with Slots(model).holding((own[name], tensor) for name, tensor in parameters.items()):
+        return function(model)
