@@ -16,6 +16,7 @@ from .data import DATASETS, add_loading_arguments, data_fingerprint, load_domain
 from .models import BACKBONES, HEADS, model_of
 from .testing import TEST_SEED, interval, score
 
+
 def parse_args(argv=None):
     parser = cli.Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", help="files that train.py has written")

@@ -8,7 +8,6 @@ What the publisher's data must hold is checked, and every image is decoded once;
 where they are. Hidden files and folders are left out.
 """
 
-import argparse
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -7,7 +7,6 @@ Adam on batches of 16, cross-entropy of a linear classifier on the encoder's ave
 fits every head and method.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np

@@ -9,7 +9,6 @@ same steps for real, on --device, and compares the peaks. One record is appended
 hour of one CPU core.
 """
 
-import argparse
 from functools import partial
 
 import torch

@@ -10,7 +10,6 @@ library that hold softmax and chain rule are applied along its first dimension. 
 library's step, in a loop, with all candidates in one batched pass.
 """
 
-import argparse
 from pathlib import Path
 from time import perf_counter
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import shlex
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from cross_domain_fewshot import compare as fewshot
 from evograd.lab import cli, cost_figures, costs, tables
-from evograd.lab.records import append_line, read_runs
+from evograd.lab.records import append_line
 from evograd.measuring import Cost
 from label_noise_mwn import compare as label_noise
 from metaxl import compare as metaxl

@@ -28,9 +28,9 @@ from cross_domain_fewshot.models import (
     episode_targets,
     transformations,
 )
+from evograd.baselines import unrolled
 from evograd.lab import checkpoints
 from evograd.lab.costs import counted
-from evograd.baselines import unrolled
 from evograd.lab.records import append_run
 from tests.test_checkpoints import assert_equal
 from tests.test_scripts import shell

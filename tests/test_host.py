@@ -5,19 +5,19 @@ import functools
 import importlib
 from contextlib import nullcontext
 
+import pytest
 import torch
 import torch.nn.functional as F
-import pytest
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint
 
 import evograd
 
-from .problems import N, D, C, Bilevel, Softplus, bilevel, estimate
+from .problems import Bilevel, C, D, N, Softplus, bilevel, estimate
 from .reference import evograd_reference
 from .test_hypergradient import relative_difference
 

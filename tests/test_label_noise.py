@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-
 from unittest import mock
 
 import numpy as np
@@ -16,8 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
-from evograd.lab import cli, figures
-from evograd.lab import costs
+from evograd.lab import cli, costs, figures
 from evograd.lab.methods import MAIN
 from evograd.operations.kinks import _Bits
 from label_noise_mwn import compare, data, plot, train

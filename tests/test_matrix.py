@@ -27,17 +27,16 @@ from torch.utils.checkpoint import checkpoint
 
 import evograd
 from evograd.baselines import finite_difference, unrolled
+from evograd.host.sharded import local
 from evograd.host.vectors import Layout
 from evograd.noise import SeededNoise
 from evograd.trajectory import one_step
-from evograd.host.sharded import local
 
 from . import test_precision as precision
 from .forked import CONTEXT, server
 from .problems import Bilevel, C, D, N, bilevel, mlp
 from .reference import evograd_reference, second_order_reference
 from .test_sharded import Given, fully_shard
-
 
 
 def trajectory(train_loss, val_loss, model, hyperparameters, parameters=None, **settings):

@@ -1,6 +1,5 @@
 """Cross-lingual learning: readers, labels on sub-words, the RTN, the meta-step, every method tiny, bad input."""
 
-import functools
 import json
 import sys
 import types

@@ -302,7 +302,7 @@ def test_weight_norm_has_the_second_derivative_of_what_it_computes(kind, method,
 
 def test_weight_norm_with_lambda_before_it(float64):
     """One step, and λ in the path to the directions."""
-    x, v, g = torch.randn(9, 5), torch.randn(3, 5), torch.rand(3, 1)
+    x, _, g = torch.randn(9, 5), torch.randn(3, 5), torch.rand(3, 1)
     model, lam = nn.Linear(5, 3), torch.rand(3, 5, requires_grad=True)
     square = lambda norm: lambda m: F.linear(x, norm(m.weight + lam, g)).sin().square().mean()
     written_out = lambda v, g: g * v / v.square().sum(1, keepdim=True).sqrt()

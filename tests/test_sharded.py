@@ -1,7 +1,6 @@
 """Candidates in the model's own tensors: plain models, and models that fully_shard has sharded, in real gloo processes."""
 
 import contextlib
-import copy
 import time
 import weakref
 from datetime import timedelta
