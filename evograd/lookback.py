@@ -10,12 +10,12 @@ from torch import Tensor
 from .host.problem import Problem
 from .host.processes import Alone
 from .host.steps import Gradients, Step
-from .host.vectors import Bucket, Layout, exactly
+from .host.vectors import BUCKET, Bucket, Layout, exactly
 from .operations.kinks import Kinks, OwnKinks
 from .optimizers import Product, Update, vector_jacobian_product
 from .recording import Recording
 
-PIECE = 2**19  # elements
+PIECE = 2**19  # elements, which a CPU's cache holds; elsewhere launches count
 State = list[dict[str, Tensor]]  # the optimizer's, or cotangents of it: flat tensors by name, for each bucket
 
 
@@ -94,7 +94,7 @@ class Lookback:
             made = self._of_piece(step, bucket, state, *tensors, {n: bucket.views(c)[0] for n, c in b.items()})
             return flat(made.theta), {n: flat(c) for n, c in made.state.items()}, flat(made.gradient)
         u = torch.empty_like(a)
-        for part in pieces(bucket.size, step.layout.n_parameters):
+        for part in pieces(bucket, step.layout.n_parameters):
             of, along = ({n: t[part] if isinstance(t, Tensor) else t for n, t in d.items()} for d in (state, b))
             made = self._of_piece(step, bucket, of, step.theta[i][part], g[part], after[part], a[part], along)
             after[part], u[part] = made.theta, made.gradient
@@ -200,10 +200,10 @@ def clipped(step: Step, i: int) -> Tensor:
     return step.gradient[i] * (limit / (norm + 1e-6)).clamp(max=1).to(step.gradient[i])
 
 
-def pieces(size: int, n_parameters: int) -> Iterator[slice]:
+def pieces(bucket: Bucket, n_parameters: int) -> Iterator[slice]:
     """Of a bucket, so that what an update keeps for its derivative is small beside θ."""
-    length = max(PIECE, n_parameters // 16)
-    return (slice(start, start + length) for start in range(0, size, length))
+    length = max(PIECE if bucket.like.device.type == "cpu" else BUCKET, n_parameters // 16)
+    return (slice(start, start + length) for start in range(0, bucket.size, length))
 
 
 def relaid(flats: list[Tensor], old: Layout, new: Layout) -> list[Tensor]:

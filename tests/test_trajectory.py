@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evograd
-from evograd import measuring
+from evograd import lookback, measuring
 from evograd.host.away import Away
+from evograd.host.vectors import Bucket
 from evograd.lab.processes import ALONE
 from evograd.optimizers import UPDATES
 
@@ -810,3 +812,13 @@ def test_experiments_train_as_ever_and_find_the_exact_hypergradient(experiment, 
         found.append(torch.cat([h.grad.flatten() for h in of.lam.tensors]))
     assert torch.cosine_similarity(*found, dim=0) > 0.999
     assert found[0].norm() == pytest.approx(found[1].norm().item(), rel=0.02)
+
+
+def test_pieces_of_an_update_fit_a_cache_on_the_cpu_and_are_few_elsewhere():
+    for device, n in (("cpu", 4), ("cuda", 1)):
+        with FakeTensorMode():
+            bucket = Bucket(torch.empty(1, device=device))
+        bucket.size = 2**21
+        found = list(lookback.pieces(bucket, 2**22))
+        assert len(found) == n
+        assert sum(len(range(bucket.size)[part]) for part in found) == bucket.size
