@@ -20,7 +20,7 @@ from .guided import guided
 from .host.checks import Closure, Parameters, check_count, check_rate, checked_hyperparameters, kept
 from .host.gathering import partial as partial_derivatives
 from .host.problem import Problem
-from .host.repeats import Unsteady, check_repeats
+from .host.repeats import Unfit, check_repeats
 from .host.result import Hypergradient
 from .host.stand_ins import StandIn
 from .hypergradient import hypergradient
@@ -153,8 +153,8 @@ def check(
     *,
     parameters: Parameters = None,
 ) -> None:
-    """Evaluate each loss at θ, twice and with a graph, with the same random draws: RuntimeError where values differ, with what to
-    look for.
+    """Evaluate each loss at θ, twice and with a graph, with the same random draws: RuntimeError where values differ, or depend on no
+    parameter, with what to look for.
 
     Such a loss is another one for each candidate of an estimator, which then is wrong without a word. Args as in
     `evograd.hypergradient`; the model is left as it was.
@@ -183,7 +183,7 @@ class _Run:
     def check(self) -> None:
         try:
             check_repeats(self.problem)
-        except Unsteady:
+        except Unfit:
             raise
         except Exception:  # whatever else a loss cannot do is a line of the table
             return

@@ -28,7 +28,8 @@ class Lookback:
     """
 
     def __init__(self, recording: Recording, problem: Problem, team: Alone, update: Update, kinks: bool):
-        self.steps, self.away, self.elementwise = recording.steps, recording.away, recording.elementwise
+        self.steps, self.away, self.every = recording.steps, recording.away, recording.every
+        self.elementwise = recording.elementwise
         self.problem, self.team, self.update, self.kinks = problem, team, update, kinks
         last = self.steps[-1]
         self.layout = last.layout or Layout(problem.theta, last.kinds)  # of the direction
@@ -51,7 +52,7 @@ class Lookback:
             self.after, step.theta, step.gradient, step.at_theta, step.passes = step.theta, None, None, None, []
 
     def _next(self) -> Step:
-        if not self.again and self.steps[-1].theta is None:
+        if not self.again and self.every > 1:
             first = max(i for i, step in enumerate(self.steps) if step.theta is not None)
             self.again, self.steps[first:] = self.steps[first:], []
             self._run_again(self.again)
@@ -74,7 +75,7 @@ class Lookback:
             a[:], b[:], after = relaid(a, old, new), relaid_state(b, old, new), after and relaid(after, old, new)
         self.layout, self.after = new, None
         self.settings.append([{} for _ in step.settings])
-        self.gaps.append(0)
+        self.gaps.append(exactly(torch.zeros(4, device=self.losses.device)))
         results = []
         for i, bucket in enumerate(new.buckets):
             there = bucket.copied(dict(enumerate(self.problem.theta[n] for n in bucket.names))) if after is None else after[i]
@@ -123,7 +124,8 @@ class Lookback:
         gap, step, theta, size = self.team.over_shards(gaps.flatten()).view_as(gaps).sqrt().unbind(1)
         eps = max(torch.finfo(bucket.like.dtype).eps for bucket in self.layout.buckets)
         allowed = (0.01 * step + 8 * eps * theta).clamp_min(torch.finfo(gap.dtype).tiny)
-        return list((gap / allowed).unbind()), size.max() / size[0]
+        first = size.index_select(0, (size > 0).int().argmax().reshape(1))  # the last steps may have moved nothing
+        return list((gap / allowed).unbind()), size.max() / first[0]
 
     def by_setting(self) -> list[dict[str, Tensor]]:
         """For each group, (N,) or (N, 2) of each of its numbers; 0 where a step does not depend on it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .host.away import Away
-from .host.checks import Closure, Parameters, check_positive
+from .host.checks import Closure, Parameters, check_scalar, kept, warn
 from .host.precision import Precision
 from .host.problem import Problem
 from .host.sharded import local
@@ -39,22 +39,40 @@ class Recording:
     ):
         self.model, self.optimizer = model, optimizer
         self.bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.names = _names(self.bare, optimizer, hyperparameters, parameters)
+        self.chosen, self.given = kept(parameters), hyperparameters
         self.alone = not hyperparameters  # the optimizer's own settings are all that is asked for
         if self.alone:
             hyperparameters = [next(self.bare.parameters()).new_zeros(()).requires_grad_()]
         self.settings = dict(hyperparameters=hyperparameters, in_place=in_place)
-        problem = self.problem(_no_loss, _no_loss)
+        self.names: list[str] = []
+        problem = self._begin()
         self.sharding, self.lam, self.draws, self.every = problem.sharding, problem.lam, problem.draws, every
-        self.parameters = {name: problem.own[name] for name in self.names}
-        self.trained = [p for p in problem.own.values() if p.requires_grad and all(p is not h for h in hyperparameters)]
         self.kinks, self.elementwise, self.away = kinks and every == 1, elementwise, Away.of(device, self.parameters.values())
         self.steps: list[Step] = []
-        self.counts, self.versions = None, None
         self.clear()
 
-    def problem(self, train_loss: Closure, val_loss: Closure) -> Problem:
-        return Problem(train_loss, val_loss, self.bare, parameters=self.names, **self.settings)
+    def _begin(self) -> Problem:
+        """θ as it is now: layers may have been unfrozen since. What is frozen now stays, and may be trained again."""
+        self.names = self._names()
+        self.stepped_in, self.counts, self.versions, self.layouts = self._stepped_in(), None, None, {}
+        problem = self.problem(_no_loss, _no_loss)
+        self.parameters = {name: problem.own[name] for name in self.names}
+        hyper = {id(h) for h in self.settings["hyperparameters"]}
+        self.own = {name: p for name, p in problem.own.items() if id(p) not in hyper}
+        return problem
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [p for p in self.own.values() if p.requires_grad]
+
+    def _names(self) -> list[str]:
+        return _names(self.bare, self.optimizer, self.given, self.chosen, self.names)
+
+    def _stepped_in(self) -> list[int]:
+        return [id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def problem(self, train_loss: Closure, val_loss: Closure, others: Sequence[Closure] = ()) -> Problem:
+        return Problem(train_loss, val_loss, self.bare, parameters=self.names, others=others, **self.settings)
 
     def clear(self) -> None:
         self.steps.clear()
@@ -67,7 +85,9 @@ class Recording:
             raise RuntimeError("no step is remembered: call step(train_loss) before hypergradient(val_loss)")
         try:
             self._check_unchanged()
-            yield self.problem(self.steps[-1].passes[0], val_loss)
+            self._check_steps()
+            passes = [one for step in self.steps for one in step.passes]
+            yield self.problem(passes[-1], val_loss, passes)
         finally:
             self.clear()
 
@@ -76,6 +96,8 @@ class Recording:
     def step(self, train_loss: Closure | Sequence[Closure], clip_norm: float | None, scaler) -> Tensor:
         closures = _checked(train_loss, clip_norm)
         self._check_unchanged()
+        if self.stepped_in != self._stepped_in():
+            self._check_trained() if self.steps else self._begin()
         self.optimizer.zero_grad()
         precision = Precision(list(self.parameters.values()), self.trained)
         digits = precision.eps
@@ -86,7 +108,7 @@ class Recording:
         exact = precision.eps == digits and not (scaler is not None and scaler.is_enabled())
         if not exact and self.every > 1:
             raise NotImplementedError(
-                f"every={self.every} runs steps again, which under autocast come out in other digits; use every=1 with device='cpu'"
+                f"every={self.every} runs steps again, which under autocast or a GradScaler come out in other digits; use every=1 with device='cpu'"
             )
         step = self._remembered(passes, loss, self.lam.flat(direct), exact)
         if clip_norm is not None:
@@ -126,6 +148,7 @@ class Recording:
                 self.last = one = Pass(closure, self.bare, self.draws, kinks, self.last)
                 with kinks.shared():
                     loss = closure(self.model)
+                    check_scalar("train_loss", loss)
                     back = loss if n == 1 else loss / n
                     back = back if scaler is None else scaler.scale(back)
                     if others:  # backward() would go on into their own graphs, and free them
@@ -164,9 +187,9 @@ class Recording:
             own = [self.parameters[name] for name in bucket.names]
             step.theta.append(bucket.copied({i: theta[name] for i, name in enumerate(bucket.names)}))
             grads = {i: local(p.grad) for i, p in enumerate(own) if p.grad is not None}
-            step.gradient.append(bucket.copied({i: g.to_dense() if g.is_sparse else g for i, g in grads.items()}))
+            step.gradient.append(bucket.copied({i: _dense(g) for i, g in grads.items()}))
             of = step.kinds[bucket.names[0]]
-            parts = {name: {i: local(state[p][name]) for i, p in enumerate(own)} for name in sorted(of.states)}
+            parts = {name: {i: _dense(local(state[p][name])) for i, p in enumerate(own)} for name in sorted(of.states)}
             step.states.append({name: bucket.copied(tensors) for name, tensors in parts.items()} | self._scalars(own[0], of))
         step.at_theta = Gradients(loss, direct, step.gradient) if exact and self.every == 1 else None
         return step
@@ -175,7 +198,8 @@ class Recording:
         """What the optimizer's state holds beside tensors of θ's shape."""
         if self.elementwise:
             return {"step": of.count + len(self.steps)}
-        others = {n: v for n, v in self.optimizer.state[p].items() if n not in of.states} if of.group is not None else {}
+        wanted = of.group is not None or self.every > 1
+        others = {n: v for n, v in self.optimizer.state.get(p, {}).items() if n not in of.states} if wanted else {}
         return {n: v.clone() if isinstance(v, Tensor) else v for n, v in others.items()}
 
     def _kinds(self, t: int) -> dict[str, Kind]:
@@ -188,16 +212,16 @@ class Recording:
             )
         kinds = {}
         for name, p in self.parameters.items():
-            own = None if self.elementwise else name
-            if p.grad is None:
+            own, moves = None if self.elementwise else name, p.grad is not None
+            if not moves and self.every == 1:
                 kinds[name] = Kind(None, name=own)
                 continue
-            of = self.optimizer.state.get(p, {})
+            of = self.optimizer.state.get(p, {})  # which a later step that is run again begins with
             states = frozenset(
                 n for n, s in of.items() if isinstance(s, Tensor) and s.shape == p.shape and s.is_floating_point()
             )
             states -= {"step"}
-            kinds[name] = Kind(groups[id(p)], self.counts[name] - t, states, own)
+            kinds[name] = Kind(groups[id(p)] if moves else None, self.counts[name] - t, states, own)
         return kinds
 
     def _counts(self) -> dict[str, int]:
@@ -211,11 +235,39 @@ class Recording:
 
     # --- what may not change meanwhile
 
+    def _check_steps(self) -> None:
+        """What losses read beside the model: a batch's memory that is filled again, a queue, a teacher. What changes gradients."""
+        if not any(kind.group is not None for step in self.steps for kind in step.kinds.values()):
+            raise RuntimeError("no step has moved a parameter: train_loss depends on none of the model's, but on another model's")
+        hooked = [name for name, p in self.parameters.items() if p._backward_hooks]
+        if hooked and not self.settings["in_place"]:
+            warn(
+                f"parameters: {hooked[0]!r} has a hook (register_hook). What it changes in the gradient of a training step is left out "
+                "on the way back; strategy='in_place' takes it in"
+            )
+        ours = {id(t) for t in (*self.bare.parameters(), *self.lam.tensors)}
+        for step in self.steps:
+            if written := [name for one in step.passes for name in one.written(ours)]:
+                raise RuntimeError(
+                    f"train_loss of step {step.t} reads {written[0]!r}, which has been written into since, so that its pass cannot be "
+                    "made again: give it a copy (clone(), copy.deepcopy of a module), or write into it after hypergradient()"
+                )
+
+    def _check_trained(self) -> None:
+        """Layers may be frozen half-way; others have no place in the steps that are remembered."""
+        if new := [name for name in self._names() if name not in self.parameters]:
+            self.clear()
+            raise RuntimeError(
+                f"{new[0]!r} is trained now, and was not when the trajectory's steps began, which are forgotten now: call clear(), or "
+                "hypergradient(), before parameters are unfrozen or added to the optimizer"
+            )
+
     def _versions(self) -> list[tuple]:
-        tensors = list(self.parameters.values())
+        """Of θ, of the model's other parameters, of λ and of the optimizer's state."""
+        tensors = [*self.own.values(), *self.lam.tensors]
         for p in self.parameters.values():
             tensors += [s for s in self.optimizer.state.get(p, {}).values() if isinstance(s, Tensor)]
-        return [(t, t._version) for t in tensors]
+        return [(t, 0 if t.is_inference() else t._version) for t in tensors]
 
     def _check_unchanged(self) -> None:
         """Where no step is remembered they may, and the optimizer is asked anew how many it has made."""
@@ -226,24 +278,27 @@ class Recording:
         if not self.steps:
             return
         changed = {id(a) for (a, v), (b, w) in zip(now, self.versions) if a is not b or v != w}
-        name = next((repr(name) for name, p in self.parameters.items() if id(p) in changed), None)
+        name = next((f"parameters ({name!r})" for name, p in self.own.items() if id(p) in changed), None)
+        name = next((f"hyperparameters ([{i}])" for i, h in enumerate(self.lam.tensors) if id(h) in changed), name)
         self.clear()
-        what = "the optimizer's state has" if name is None else f"parameters ({name}) have"
+        what = f"{name or 'states of the optimizer'} have"
         raise RuntimeError(
             f"{what} changed since the trajectory's last step, by another step or by hand, which it cannot go back through; its "
             "steps are forgotten now. Call clear() before such a change, or make every step by step()"
         )
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer, hyperparameters, parameters: Parameters) -> list[str]:
-    """Of the parameters to go back through."""
+def _names(
+    model: nn.Module, optimizer: torch.optim.Optimizer, hyperparameters, parameters: Parameters, before: list[str]
+) -> list[str]:
+    """Of the parameters to go back through. before: those until now."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     of_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for i, h in enumerate(hyperparameters):
         if id(h) in of_optimizer:
             raise ValueError(f"hyperparameters[{i}] is among the optimizer's parameters; λ needs an optimizer of its own")
-    own = {name: p for name, p in model.named_parameters() if id(p) in of_optimizer and p.requires_grad}
+    own = {n: p for n, p in model.named_parameters() if id(p) in of_optimizer and (p.requires_grad or n in before)}
     if len({id(p) for p in model.parameters()} & of_optimizer) < len(of_optimizer):
         raise ValueError(
             "optimizer: it steps in tensors that are no parameters of the model; give it an optimizer of its own for these"
@@ -266,9 +321,13 @@ def _checked(train_loss: Closure | Sequence[Closure], clip_norm: float | None) -
         raise TypeError(
             f"train_loss must be a function of the model that returns a scalar loss, or several, not {train_loss!r}"
         )
-    if clip_norm is not None:
-        check_positive("clip_norm", clip_norm)
+    if clip_norm is not None and not clip_norm > 0:  # inf clips nothing
+        raise ValueError(f"clip_norm={clip_norm!r} must be a positive number")
     return closures
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def _no_loss(model: nn.Module) -> Tensor:

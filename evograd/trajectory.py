@@ -32,8 +32,8 @@ from .recording import Recording
 STRATEGIES = ("stream", "in_place")
 GROWN, CURVED = 1e3, 0.1  # how far the direction may grow on its way back, and the curvature of a pair
 ILL = (
-    "{}: the hypergradient may be far off. Begin after a warm-up, in which Adam's second moment grows (step with the optimizer "
-    "alone, or clear()), take fewer steps, sides=2, or a larger eps"
+    "{}: the hypergradient may be far off. Either a loss reads what has changed since, or the direction is ill-conditioned: take "
+    "fewer steps, or sides=2; with Adam a larger eps, or begin after a warm-up, in which its second moment grows (clear())"
 )
 
 
@@ -128,7 +128,7 @@ class Trajectory:
             scaler: a torch.amp.GradScaler. A step that it skips was not made.
 
         Raises:
-            RuntimeError: parameters, or the optimizer's state, have changed since the last step.
+            RuntimeError: the model's parameters, λ or the optimizer's state have changed since the last step, or others are trained.
         """
         return self.recording.step(train_loss, clip_norm, scaler)
 

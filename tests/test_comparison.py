@@ -402,6 +402,22 @@ def test_a_loss_that_asks_what_requires_grad_is_refused_and_told_of():
     torch.testing.assert_close(evograd.mixed_mode(*problem, inner_lr=0.1).grads, exact)
 
 
+def test_a_loss_that_depends_on_no_parameter_is_refused():
+    """Of another model, without gradients, without a derivative."""
+    model, other, lam, x = nn.Linear(4, 3), nn.Linear(4, 3), torch.zeros((), requires_grad=True), torch.randn(6, 4)
+    train_loss, val_loss = lambda m: lam.exp() * m(x).square().mean(), lambda m: m(x).square().mean()
+    losses = {
+        "train_loss": [(lambda _: train_loss(other), val_loss), (torch.no_grad()(train_loss), val_loss)],
+        "val_loss": [(train_loss, lambda m: (m(x).argmax(1) == 1).float().mean()), (train_loss, lambda _: val_loss(other))],
+    }
+    for which, pairs in losses.items():
+        for pair in pairs:
+            for call in (evograd.check, functools.partial(evograd.compare, inner_lr=0.1, repeats=1, verbose=False)):
+                with pytest.raises(RuntimeError, match=f"{which} depends on none of the parameters of the model that it is given"):
+                    call(*pair, model, [lam])
+    evograd.check(train_loss, lambda _: lam.square(), model, [lam])
+
+
 def test_running_statistics_beside_the_model_are_found():
     """Autograd does not count what batch_norm writes."""
     mean, var = torch.zeros(3), torch.ones(3)

@@ -637,7 +637,7 @@ def test_a_compiled_model():
 def test_a_warning_where_the_direction_grows():
     run = Run("mlp", (SGD, dict(lr=30.0)), warm=0)
     trajectory = run.trajectory(8)
-    with pytest.warns(UserWarning, match="the direction has grown .* Begin after a warm-up"):
+    with pytest.warns(UserWarning, match="the direction has grown .* take fewer steps, or sides=2"):
         trajectory.hypergradient(run.val_loss)
 
 
@@ -663,17 +663,18 @@ def bad():
     yield lambda: make()().hypergradient(run.val_loss), RuntimeError, "call step"
     yield lambda: make()().step(3), TypeError, "train_loss must be a function of the model"
     yield lambda: make()().step(run.next(), clip_norm=0), ValueError, "clip_norm=0"
+    yield lambda: make()().step(lambda m: None), ValueError, "train_loss must return a scalar.*it returned NoneType"
     yield lambda: make()().state_dict(), NotImplementedError, "no state_dict: its steps hold closures"
 
 
-@pytest.mark.parametrize("i", range(17))
+@pytest.mark.parametrize("i", range(18))
 def test_bad_input(i):
     call, kind, words = list(bad())[i]
     with pytest.raises(kind, match=words):
         call()
 
 
-@pytest.mark.parametrize("change", ["parameters", "state", "another", "groups"])
+@pytest.mark.parametrize("change", ["parameters", "a part that is held fixed", "λ", "state", "another", "groups", "trained"])
 def test_what_may_not_change_between_steps(change):
     run = Run("mlp", "momentum")
     trajectory = run.trajectory(2)
@@ -681,9 +682,22 @@ def test_what_may_not_change_between_steps(change):
     if change == "parameters":
         with torch.no_grad():
             run.model[0].weight.mul_(0.9)
+    elif change == "λ":
+        with torch.no_grad():
+            run.lam[1].add_(0.1)
+        words = r"hyperparameters \(\[1\]\) have changed"
+    elif change == "a part that is held fixed":
+        trajectory = evograd.Trajectory(run.model, run.optimizer, run.lam, parameters=["0.weight"])
+        trajectory.step(run.next())
+        with torch.no_grad():
+            run.model[-1].weight.mul_(0.9)
+    elif change == "trained":
+        run.model.late = nn.Linear(2, 2).to(DTYPE)
+        run.optimizer.add_param_group(dict(params=list(run.model.late.parameters())))
+        words = "'late.weight' is trained now, and was not when the trajectory's steps began"
     elif change == "state":
         run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-        words = "the optimizer's state has changed"
+        words = "states of the optimizer have changed"
     elif change == "another":
         another = torch.optim.SGD(run.model.parameters(), lr=0.1)
         run.next()(run.model).backward()
@@ -694,6 +708,195 @@ def test_what_may_not_change_between_steps(change):
     with pytest.raises(RuntimeError, match=words):
         trajectory.step(run.next())
     assert len(trajectory) == 0
+
+
+@pytest.mark.parametrize("how", ["requires_grad_", "add_param_group"])
+@pytest.mark.parametrize("forgotten", ["clear", "hypergradient"])
+def test_layers_that_are_unfrozen_between_trajectories(how, forgotten):
+    """θ is what is trained when the steps begin."""
+    found = []
+    for new in (False, True):
+        run = Run("mlp", "momentum", warm=0)
+        if how == "add_param_group":
+            run.optimizer = SGD(run.model[-1].parameters(), lr=0.05, momentum=0.9)
+        run.model[0].requires_grad_(False)
+        trajectory = run.trajectory(2)
+        trajectory.clear() if forgotten == "clear" else trajectory.hypergradient(run.val_loss)
+        run.model[0].requires_grad_(True)
+        if how == "add_param_group":
+            run.optimizer.add_param_group(dict(params=list(run.model[0].parameters())))
+        if new:
+            trajectory = run.trajectory(0)
+        for _ in range(3):
+            trajectory.step(run.next())
+        found.append(trajectory.hypergradient(run.val_loss, start=True))
+    assert "0.weight" in found[0].start
+    assert error(found[0].grads, found[1].grads) < 1e-7
+    assert error(found[0].start, found[1].start) < 1e-7
+
+
+class Alternating(nn.Module):
+    """Whose first layer has a gradient at every second call alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.calls = nn.Linear(D, 8), nn.Linear(8, C), 0
+
+    def forward(self, x, whole=True):
+        h = self.first(x).tanh()
+        return self.last(h if whole else h.detach())
+
+
+@pytest.mark.parametrize("n", [7, 8])
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("optimizer", [(SGD, dict(lr=0.1, momentum=0.9)), (ADAMW, dict(lr=0.02, eps=0.1))], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_layers_that_have_a_gradient_in_some_steps_alone(optimizer, every, n, sides):
+    """Their state goes on where steps are run again; and the last step may be the first of its kind."""
+    found = []
+    for settings in (dict(by="unrolled"), dict(every=every, sides=sides)):
+        run = Run(Alternating, optimizer, warm=0)
+        trajectory = run.trajectory(0, **settings)
+        for t in range(n):
+            trajectory.step(lambda m, loss=run.next(), t=t: loss(lambda x: m(x, t % 2 == 0)))
+        found.append(trajectory.hypergradient(run.val_loss, start=True))
+    assert error(found[1].grads, found[0].grads) < 1e-4
+    assert error(found[1].start, found[0].start) < 1e-4
+
+
+class Centred(nn.Module):
+    """Logits less a running mean, which each call moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(C, dtype=DTYPE))
+
+    def forward(self, logits):
+        out = logits - self.centre
+        self.centre.mul_(0.7).add_(logits.detach().mean(0), alpha=0.3)
+        return out
+
+
+class WithCentred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.centred = mlp(), Centred()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(every=3), dict(by="mixed_mode")], ids=str)
+def test_state_of_a_loss_module_beside_the_model_is_that_of_the_step(settings):
+    """As if it were a part of the model."""
+    found = []
+    for inside in (False, True):
+        run, centred = Run(WithCentred, "momentum", warm=0), Centred()
+        trajectory = run.trajectory(0, **settings)
+        for _ in range(5):
+            trajectory.step(lambda m, loss=run.next(): loss(lambda x: (m.centred if inside else centred)(m(x))))  # noqa: B023
+        buffer = (run.model.centred if inside else centred).centre
+        before = buffer.clone()
+        found.append(trajectory.hypergradient(run.val_loss).grads)
+        assert before.any()
+        assert torch.equal(buffer, before)
+    assert error(found[0], found[1]) < 1e-9
+
+
+@pytest.mark.parametrize("what", ["a batch", "a teacher", "by another function"])
+def test_what_a_loss_reads_may_not_be_written_into_meanwhile(what):
+    run = Run("mlp", "momentum")
+    batch, teacher = run.x[0].clone(), mlp().to(DTYPE)
+    losses = {
+        "a batch": lambda m: (run.lam[0].exp() * m(batch).square().mean(1)).mean(),
+        "a teacher": lambda m: (run.lam[0].exp() * (m(run.x[1]) - teacher(run.x[1])).square().mean(1)).mean(),
+    }
+    losses["by another function"] = lambda m, other=losses["a batch"]: other(m)
+    trajectory = run.trajectory(0)
+    trajectory.step(losses[what])
+    with torch.no_grad():
+        (teacher[0].weight if what == "a teacher" else batch).mul_(0.5)
+    name = "teacher.0.weight" if what == "a teacher" else "batch"
+    with pytest.raises(RuntimeError, match=f"train_loss of step 0 reads '[0a-z.]*{name}', which has been written into since"):
+        trajectory.hypergradient(run.val_loss)
+    assert len(trajectory) == 0
+
+
+def test_what_is_kept_beside_a_loss_may_be_written_into():
+    """An object's attributes are not all its loss's: a log, an average of the weights."""
+    run = Run("mlp", "momentum")
+
+    class Trainer:
+        def __init__(self):
+            self.log, self.average = torch.zeros(3), copy.deepcopy(run.model)
+
+        def loss(self, m):
+            return run.next()(m)
+
+    trainer, trajectory = Trainer(), run.trajectory(0)
+    for _ in range(2):
+        x = run.next()
+        trajectory.step(lambda m, x=x: (trainer.loss, x)[1](m))
+        trainer.log.add_(1)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(trainer.average.parameters()), list(run.model.parameters()), 0.1)
+    trajectory.hypergradient(run.val_loss)
+
+
+def test_a_sparse_embedding_with_momentum():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, C)).to(DTYPE)
+        words, y, lam = torch.randint(9, (6, BATCH)), torch.randint(C, (BATCH,)), torch.zeros(BATCH, dtype=DTYPE, requires_grad=True)
+        trajectory = evograd.Trajectory(model, SGD(model.parameters(), lr=0.1, momentum=0.9), [lam], sides=2)
+        for w in words:
+            trajectory.step(lambda m, w=w: (lam.exp() * F.cross_entropy(m(w), y, reduction="none")).mean())
+        found.append(trajectory.hypergradient(lambda m: F.cross_entropy(m(words[0]), y)).grads)
+    assert error(found[1], found[0]) < 1e-7
+
+
+def test_a_hook_on_a_parameter_is_told_of():
+    """It halves a gradient in training; in place it is there on the way back too."""
+    found = []
+    for strategy in (None, "in_place"):
+        run = Run("mlp", "momentum", warm=0)
+        run.model[0].weight.register_hook(lambda g: g / 2)
+        trajectory = run.trajectory(4, strategy=strategy)
+        if strategy is None:
+            with pytest.warns(UserWarning, match="'0.weight' has a hook .*strategy='in_place' takes it in"):
+                trajectory.hypergradient(run.val_loss)
+        else:
+            found = trajectory.hypergradient(run.val_loss).grads
+    values = []
+    for shift in (1e-5, -1e-5):
+        run = Run("mlp", "momentum", warm=0)
+        run.model[0].weight.register_hook(lambda g: g / 2)
+        with torch.no_grad():
+            run.lam[0].add_(shift)
+        run.trajectory(4)
+        values.append(run.val_loss(run.model).item())
+    assert found[0].sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
+def test_a_loss_of_another_model_is_told_of():
+    run, other = Run("mlp", "momentum"), mlp().to(DTYPE)
+    trajectory = run.trajectory(0)
+    loss = run.next()
+    trajectory.step(lambda _: loss(other))
+    with pytest.raises(RuntimeError, match="no step has moved a parameter: train_loss depends on none of the model's"):
+        trajectory.hypergradient(run.val_loss)
+    trajectory.step(run.next())
+    trajectory.step(lambda _: loss(other))  # one such step among others is one that moves nothing
+    trajectory.hypergradient(run.val_loss)
+
+
+def test_clipping_by_infinity_measures_alone():
+    found = []
+    for clip_norm in (None, math.inf):
+        run = Run("mlp", "momentum")
+        found.append(run.trajectory(3, clip_norm=clip_norm).hypergradient(run.val_loss).grads)
+    assert error(*found) < 1e-12
 
 
 def test_a_loss_without_lambda():

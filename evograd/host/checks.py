@@ -59,6 +59,12 @@ def check_closures(train_loss: Closure, val_loss: Closure, model: nn.Module) -> 
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
+def check_scalar(which: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        what = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
+
+
 def check_built(tensors: Iterable[tuple[object, Tensor]]) -> None:
     """ValueError for what has no values yet. tensors: a model's, each with its name."""
     for name, tensor in tensors:

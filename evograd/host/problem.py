@@ -36,7 +36,7 @@ class Problem:
 
     in_place: other parameters are written into the model's own, see `InPlace`, and `theta` has copies of these within
     `undisturbed`. None: where the model is sharded, and `theta` has this process's shards. False: such a model is refused.
-    keeps: graphs, of which losses may have a part in common.
+    keeps: graphs, of which losses may have a part in common.  others: losses that will take the place of train_loss.
     """
 
     def __init__(
@@ -48,13 +48,14 @@ class Problem:
         parameters: Parameters,
         in_place: bool | None = False,
         keeps: bool = False,
+        others: Sequence[Closure] = (),
     ):
         checks.check_closures(train_loss, val_loss, model)
         self.train_loss, self.val_loss, self.model, self.keeps = train_loss, val_loss, model, keeps
         self.hyperparameters = checks.checked_hyperparameters(hyperparameters)
         self.sharding = Sharding.of(model)
         hyper = {id(h) for h in self.hyperparameters}
-        self.reach = Reach(model, train_loss, val_loss)
+        self.reach = Reach(model, train_loss, val_loss, *others)
         self.slots = Slots(model, self.reach.modules, hyper)
         self.reach.watch(self.slots.looked_after(), self.hyperparameters)
         checks.check_built((name, tensor) for _, name, tensor in self.slots.originals)
@@ -121,11 +122,7 @@ class Problem:
     def scalar(self, closure: Closure, value: object) -> Tensor:
         """The value of a loss, as ()."""
         which = self.which(closure)
-        if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-            what = (
-                f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            )
-            raise ValueError(f"{which} must return a scalar, a floating-point tensor of one element; it returned {what}")
+        checks.check_scalar(which, value)
         self._check_place(which, value)
         return value if value.ndim == 0 else value.reshape(())
 

@@ -16,6 +16,7 @@ OTHERS = ("torch", "evograd", "numpy", "builtins")  # whose functions and object
 
 class Reach:
     """modules: each one and all in it, but none in which the model is.  tensors: by the name under which a loss finds them.
+    read: those that it surely reads, because its functions name them, or a module of which they are parameters.
 
     Looked through are a function's cells, defaults and the globals that it names, a bound method's object, partial functions,
     lists and dicts, and attributes of objects: what is reached by other ways is not seen.
@@ -25,20 +26,24 @@ class Reach:
         own = set(model.modules())
         self.modules: list[nn.Module] = []
         self.tensors: dict[str, Tensor] = {}
-        waiting = [("", loss) for loss in losses]
+        self.read: dict[str, Tensor] = {}
+        waiting = [("", loss, True) for loss in losses]
         seen = {id(loss) for loss in losses}
         while waiting and len(seen) < OBJECTS:
-            name, value = waiting.pop()
+            name, value, named = waiting.pop()
             if isinstance(value, Tensor):
                 self.tensors[name] = value
+                self.read.update({name: value} if named else {})
             elif isinstance(value, nn.Module):
-                self.modules += outside(value, own)
+                found = outside(value, own)
+                self.modules += found
+                self.read.update({f"{name}.{n}": p for m in found if named for n, p in m.named_parameters()})
             else:
+                named = named and (type(value) in (types.FunctionType, partial) or name == "")
                 for part, other in parts(value):
                     if id(other) not in seen and type(other) not in PLAIN:
                         seen.add(id(other))
-                        waiting.append((f"{name}.{part}" if name else part, other))
-
+                        waiting.append((f"{name}.{part}" if name else part, other, named))
 
     def watch(self, known: Collection[int], hyperparameters: Sequence[Tensor]) -> None:
         """`tensors` are from now on those that nobody else looks after, λ and parameters of the modules among them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from ..operations.kinks import Kinks, OwnKinks
 from .draws import Draws
 from .problem import Problem
 from .processes import Alone
+from .reach import Reach
 from .slots import clones, write
 from .vectors import Layout, Position, Vector, exactly
 
@@ -45,18 +46,31 @@ class Pass:
 
     def __init__(self, closure: Callable, model: nn.Module, draws: Draws, kinks: Kinks | OwnKinks, like: Pass | None):
         self.func, self.kinks, self.draws = as_now(closure), kinks, draws
+        reach = Reach(model, closure)
+        self.beside = list(dict.fromkeys(reach.modules))  # whose state is as much part of it as the model's
+        self.read = [(name, t, t._version) for name, t in reach.read.items() if not t.is_inference()]
         self.drawn = draws.state()
-        self.modes = [module.training for module in model.modules()]
-        self.own = [(b, 0 if b.is_inference() else b._version) for b in _buffers(model)]
+        self.modes = [module.training for module in self._modules(model)]
+        self.own = [(b, 0 if b.is_inference() else b._version) for b in self._buffers(model)]
         same = like is not None and len(like.own) == len(self.own)
         same = same and all(b is c and v == w for (b, v), (c, w) in zip(self.own, like.own))
         self.buffers = like.buffers if same else clones([b for b, _ in self.own])
 
     def __call__(self, model: nn.Module) -> Tensor:
-        for module, mode in zip(model.modules(), self.modes):
+        for module, mode in zip(self._modules(model), self.modes):
             module.training = mode
-        write(_buffers(model), self.buffers)
+        write(self._buffers(model), self.buffers)
         return self.func(model)
+
+    def written(self, but: Collection[int]) -> list[str]:
+        """What it reads beside the model, and was written into since.  but: ids of what others look after."""
+        return [name for name, t, version in self.read if t._version != version and id(t) not in but]
+
+    def _modules(self, model: nn.Module) -> list[nn.Module]:
+        return [part for module in (model, *self.beside) for part in module.modules()]
+
+    def _buffers(self, model: nn.Module) -> list[Tensor]:
+        return [b for module in self._modules(model) for b in module._buffers.values() if b is not None]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -139,10 +153,6 @@ class Step:
             return losses[0], partials[0]
         weights = exactly(torch.ones(len(losses), device=losses[0].device)) * share
         return torch.stack(losses).mean(), problem.lam.weighted_sum(weights, partials)
-
-
-def _buffers(model: nn.Module) -> list[Tensor]:
-    return [b for module in model.modules() for b in module._buffers.values() if b is not None]
 
 
 def as_now(function: Callable, made: dict | None = None) -> Callable:
