@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import json
 import os
 import re
 import shlex
@@ -204,33 +203,6 @@ def anchors(readme):
     """The names by which GitHub links to headings."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text(readme)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-COSTS = {"label_noise_mwn": {"channels_last": False}, "cross_domain_fewshot": {}, "metaxl": {}}
-
-
-def test_costs_in_sentences_are_those_of_the_result_lines():
-    """Over a plain step's, of the experiments' cost.jsonl."""
-    ranges = {}
-    for folder, config in COSTS.items():
-        records = map(json.loads, (ROOT / folder / "results/cost.jsonl").read_text(encoding="utf-8").splitlines())
-        matching = [r for r in records if "seconds" in r["metrics"].get("plain", {}) and config.items() <= r["config"].items()]
-        of = matching[-1]["metrics"]
-        over = {m: [of[m][k] / of["plain"][k] for k in ("seconds", "peak_bytes")] for m in ("evograd_guided", "second_order")}
-        said = " ".join(text(ROOT / folder / "README.md").split())
-        guided, second = ("{:.2f} times {} time and {:.2f} times its memory", "with T1–T2 {:.2f} and {:.2f}")
-        time, memory = over["evograd_guided"]
-        whose = "joint training's" if folder == "metaxl" else "the plain step's"
-        assert guided.format(time, whose, memory) in said, (folder, over)
-        assert second.format(*over["second_order"]) in said, (folder, over)
-        for method, values in over.items():
-            ranges.setdefault(method, []).append(values)
-    said = " ".join(text(ROOT / "README.md").split())
-    low, high = ({m: [f(v) for v in zip(*values)] for m, values in ranges.items()} for f in (min, max))
-    (a, c), (b, d) = low["evograd_guided"], high["evograd_guided"]
-    assert f"{a:.1f} to {b:.1f} times a plain step's time and {c:.2f} to {d:.2f} times its memory" in said
-    (a, c), (b, d) = low["second_order"], high["second_order"]
-    assert f"They take {a:.1f} to {b:.1f} times as long and {c:.1f} to {d:.1f} times the memory" in said
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name)

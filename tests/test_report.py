@@ -243,7 +243,7 @@ def test_costs_in_sentences_are_those_of_the_tables():
     assert "T1–T2 by double backward costs {2} and {1}.".format(*of["T1–T2 (higher)"]) in text
     assert "**Cost, K = 2:** {2} of the FLOPs, {1} of the memory.".format(*of["EvoGrad, K = 2"]) in text
     assert "**Cost:** {2} of the FLOPs, {1} of the memory.".format(*of["mixed mode"]) in text
-    assert of["EvoGrad, guided"][1:] == of["EvoGrad, K = 2"][1:] and "**Cost:** as EvoGrad with K = 2" in text
+    assert "**Cost:** {2} of the FLOPs, {1} of the memory, beside".format(*of["EvoGrad, guided"]) in text
 
 
 def test_every_committed_run_stands_in_a_table():
@@ -853,7 +853,7 @@ def test_figures_of_own_domains_stand_alone(tmp_path, titles):
 def test_figures_of_own_languages_name_their_settings(tmp_path, titles):
     from metaxl import plot
 
-    runs = [r for r in committed("metaxl/results/ner.jsonl") if r["config"]["target"] == "pcm"]
+    runs = [r for r in committed("metaxl/results/ner.jsonl") if r["config"]["target"] == "pcm" and "horizon" not in r["config"]]
     own = [changed(r, target="$\\own$", encoder="own/encoder") for r in runs]
     own = [{**r, "metrics": {k: v for k, v in r["metrics"].items() if k != "gates"}} for r in own]
     found = drawn(plot, [*runs, *own, changed(own[0], seed=9, lr=1.0)], tmp_path, titles)
