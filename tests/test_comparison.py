@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 import random
 import re
 from pathlib import Path
@@ -416,6 +417,8 @@ def test_a_loss_that_depends_on_no_parameter_is_refused():
                 with pytest.raises(RuntimeError, match=f"{which} depends on none of the parameters of the model that it is given"):
                     call(*pair, model, [lam])
     evograd.check(train_loss, lambda _: lam.square(), model, [lam])
+    with pytest.raises(RuntimeError, match="val_loss is nan; a finite loss is needed"):
+        evograd.check(train_loss, lambda m: m(x).mean() * math.nan, model, [lam])
 
 
 def test_running_statistics_beside_the_model_are_found():

@@ -192,6 +192,15 @@ def test_a_rate_of_a_schedule(estimator):
     assert not any(g.any() for g in found)
 
 
+@pytest.mark.parametrize("estimator", [evograd.hypergradient, guided, mixed_mode])
+def test_a_graph_from_outside_that_is_gone_is_named(estimator):
+    problem, lam = bilevel("mlp"), torch.zeros((), requires_grad=True)
+    outside = lam.exp()
+    losses = lambda m: outside * problem.train_loss(m), problem.val_loss
+    with pytest.raises(RuntimeError, match="a graph that was made outside of it, and is gone .*strategy='retain'"):
+        estimator(*losses, problem.model, [lam], inner_lr=0.1)
+
+
 def test_an_optimizer_and_a_model_are_not_what_is_asked_for():
     train_loss, val_loss, model, _ = bilevel("mlp").args()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

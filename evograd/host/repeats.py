@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..operations.forward_mode import leaves
@@ -47,6 +49,8 @@ def check_repeats(problem: Problem) -> None:
             with problem.draws.replay(state), block:
                 loss = problem.evaluate(closure)
             values.append(loss.item())
+            if not math.isfinite(values[0]):
+                raise Unfit(f"{problem.which(closure)} is {values[0]}; a finite loss is needed")
             for other, (limit, why) in zip(values[1:], limits):
                 if abs(values[0] - other) > limit * max(abs(values[0]), abs(other)):
                     raise Unfit(f"{problem.which(closure)} is {values[0]!r}, and {other!r} {why}")

@@ -25,6 +25,18 @@ FLUSHED = (
     "hyperparameters[{i}] is float16, which has few numbers or none of the size of its gradient (at most {value:.2g}): keep it "
     "in float32, or scale val_loss"
 )
+EXPLAINED = (  # words of PyTorch's error, and what it means
+    (
+        "nference tensor",
+        "a loss uses tensors that were made in torch.inference_mode, and autograd cannot: clone() them outside of it, or make them "
+        "under torch.no_grad",
+    ),
+    (
+        "backward through the graph a second time",
+        "a loss goes back through a graph that was made outside of it, and is gone after the first pass, or it calls backward() "
+        "itself: compute what depends on λ within the loss; guided and hypergradient have strategy='retain' for graphs from outside",
+    ),
+)
 _resolved = WeakTensorKeyDictionary()  # λ: settings with which it has been seen resolved
 
 
@@ -61,12 +73,10 @@ def estimator(function: Callable[..., Hypergradient]) -> Callable[..., Hypergrad
             try:
                 return function(*args, **settings)
             except RuntimeError as error:
-                if "nference tensor" not in str(error):
-                    raise
-                raise RuntimeError(
-                    "a loss uses tensors that were made in torch.inference_mode, and autograd cannot: clone() them outside of it, "
-                    "or make them under torch.no_grad"
-                ) from error
+                for words, what in EXPLAINED:
+                    if words in str(error):
+                        raise RuntimeError(what) from error
+                raise
 
     return taken
 
