@@ -48,7 +48,7 @@ first_commands() { # the encoders, if the lists have images enough for what come
   for backbone in $BACKBONES; do
     [ -f "$(encoder "$backbone")" ] && continue
     for held_out in $([ "$DATA" = glyphs ] || [ "$checked" ] || echo $HELD_OUT); do
-      command_line cross_domain_fewshot.train --check --held-out "$held_out" --backbone "$backbone" \
+      command_line cross_domain_fewshot.train --check --method "${METHODS%% *}" --held-out "$held_out" --backbone "$backbone" \
         --n-shot "${SHOTS##* }" ${SEEN:+--seen $SEEN} ${given[@]+"${given[@]}"}
     done
     checked=yes

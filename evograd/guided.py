@@ -280,12 +280,12 @@ class Pair:
         """Errors and warnings where the two of a pair are so close that their difference is rounding, or are of another loss."""
         at_theta = losses.get(AT_THETA, math.nan)
         beside = sum(losses[f"train_loss of candidate {k}"] for k in (0, 1)) / 2
-        slope_too = self.curvature * self.apart * self.eps > 2 * ANOTHER  # ‖g₊ + g₋ − 2g₀‖ > 2 ANOTHER ‖g₊‖
-        if slope_too and abs(beside - at_theta) > ANOTHER * abs(at_theta):
+        odd = self.apart * self.eps  # ‖g₊ − g₋‖ / ‖g₊‖: the two are alike, and unlike θ's own
+        if self.fixed is None and odd < ANOTHER < self.curvature * odd / 2 and abs(beside - at_theta) > ANOTHER * abs(at_theta):
             warn(
                 f"train_loss is {at_theta:.4g} at θ and {beside:.4g} on average of a pair beside it: it asks whether what the model "
                 "computes requires grad (h.requires_grad), which it does not at a candidate, or has another value at each call "
-                "(evograd.check tells), or the radius is too large"
+                "(evograd.check tells)"
             )
         if not precision.low:
             return

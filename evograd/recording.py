@@ -262,30 +262,36 @@ class Recording:
                 "hypergradient(), before parameters are unfrozen or added to the optimizer"
             )
 
-    def _versions(self) -> list[tuple]:
-        """Of θ, of the model's other parameters, of λ and of the optimizer's state."""
-        tensors = [*self.own.values(), *self.lam.tensors]
+    def _versions(self) -> tuple[list, list]:
+        """(of θ and of the optimizer's state, of the model's other parameters and of λ)"""
+        stepped = list(self.parameters.values())
         for p in self.parameters.values():
-            tensors += [s for s in self.optimizer.state.get(p, {}).values() if isinstance(s, Tensor)]
-        return [(t, 0 if t.is_inference() else t._version) for t in tensors]
+            stepped += [s for s in self.optimizer.state.get(p, {}).values() if isinstance(s, Tensor)]
+        others = [*(p for name, p in self.own.items() if name not in self.parameters), *self.lam.tensors]
+        of = lambda tensors: [(t, 0 if t.is_inference() else t._version) for t in tensors]
+        return of(stepped), of(others)
 
     def _check_unchanged(self) -> None:
         """Where no step is remembered they may, and the optimizer is asked anew how many it has made."""
-        now, before = self._versions(), self.versions or []
-        if len(now) == len(before) and all(a is b and v == w for (a, v), (b, w) in zip(now, before)):
+        stepped, others = map(_changed, self._versions(), self.versions or ([], []))
+        if stepped:
+            self.counts = None
+        if not self.steps or not (stepped or others):
             return
-        self.counts = None
-        if not self.steps:
-            return
-        changed = {id(a) for (a, v), (b, w) in zip(now, self.versions) if a is not b or v != w}
+        changed = stepped | others
         name = next((f"parameters ({name!r})" for name, p in self.own.items() if id(p) in changed), None)
         name = next((f"hyperparameters ([{i}])" for i, h in enumerate(self.lam.tensors) if id(h) in changed), name)
         self.clear()
-        what = f"{name or 'states of the optimizer'} have"
         raise RuntimeError(
-            f"{what} changed since the trajectory's last step, by another step or by hand, which it cannot go back through; its "
-            "steps are forgotten now. Call clear() before such a change, or make every step by step()"
+            f"{name or 'states of the optimizer'} have changed since the trajectory's last step, by another step or by hand, which it "
+            "cannot go back through; its steps are forgotten now. Call clear() before such a change, or make every step by step()"
         )
+
+
+def _changed(now: list[tuple], before: list[tuple]) -> set[int]:
+    """Ids of tensors; 0 where there are more or fewer."""
+    found = {id(a) for (a, v), (b, w) in zip(now, before) if a is not b or v != w}
+    return found | {0} if len(now) != len(before) else found
 
 
 def _names(

@@ -73,6 +73,8 @@ def test_lists_are_looked_at_before_encoders_are_trained():
     first = next(i for i, line in enumerate(lines) if "pretrain" in line)
     assert first == 4 and all("train --check" in line and "--n-query 9" in line for line in lines[:first])
     assert not any("--check" in line or "--print" in line for line in lines[first:])
+    done = shell("cross_domain_fewshot/run.sh", "--print", "--data", "filelists", "--horizon", "5", METHODS="trajectory")
+    assert all("--method trajectory" in line for line in done.stdout.splitlines() if "cross_domain_fewshot.train" in line)
 
 
 def test_reproduce_says_how_to_run_the_real_thing():
