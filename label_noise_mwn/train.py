@@ -34,7 +34,7 @@ from .data import DATASETS, NOISES, data_fingerprint, load, make_task
 from .models import MODELS, weight_net
 
 # weight_input: whose losses the weight net sees: each candidate's own, as in the authors' code, or those of the model for all.
-# horizon: one step is as good as several here, and costs least.
+# horizon: through one step some weight nets turn over, see README.md.
 OF_WEIGHT_NET = ("meta_optimizer", "meta_lr", "normalize_weights")
 METHODS = table(
     baseline("cross_entropy"),
@@ -47,7 +47,7 @@ METHODS = table(
     learned("neumann", weight_input="model"),
     learned("conjugate_gradient", weight_input="model"),
     reads=("meta_every", *OF_WEIGHT_NET),
-) | table(learned("trajectory", weight_input="model", horizon=1), reads=OF_WEIGHT_NET)
+) | table(learned("trajectory", weight_input="model", horizon=5), reads=OF_WEIGHT_NET)
 CIFAR = dict(
     model="resnet32", epochs=60, meta_images=1000, val_images=1000, lr=0.1, crop_padding=4, flip=True,
     meta_optimizer="sgd", meta_lr=1e-3,

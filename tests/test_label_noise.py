@@ -650,7 +650,8 @@ def papers_size():
     as_on_cuda = mock.patch.object(_Bits, "by_words", staticmethod(lambda tensor: False))
     with FakeTensorMode(), as_on_cuda:
         for case in (*((m,) for m in ("cross_entropy", *MAIN)), many):
-            args = train.parse_args(["--data", "cifar10", "--device", "cpu", "--method", *case])
+            flags = [*costs.flags_of(case[0]), *case[1:]]  # trajectory through one step
+            args = train.parse_args(["--data", "cifar10", "--device", "cpu", *flags])
             measured[case] = train.measure(costs.carried_on(train.Trainer(args, make_fake_task())).step)
     return measured
 
