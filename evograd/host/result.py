@@ -151,6 +151,7 @@ def check_finite(
         if not math.isfinite(value):
             raise NotFinite(
                 f"the gradient by hyperparameters[{i}] is not finite, although the losses are: an operation has no "
-                "finite derivative where it was taken (a root or a norm at zero, say)"
+                "finite derivative where it was taken (a root or a norm at zero, say), or a loss is another one each time it is "
+                "evaluated, by draws or by data (evograd.check tells)"
             )
     return losses, values[end + len(others) :]
