@@ -8,6 +8,7 @@ guided's pair is one nudge of Zucchet et al. (Neural Computation 2022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,6 +193,11 @@ def one_step(
         return trajectory.hypergradient(val_loss)
 
 
+def _tens(value: float) -> str:
+    """The power of ten below: a loop is warned once of each."""
+    return f"{10 ** math.floor(math.log10(value)):g}" if math.isfinite(value) else "any number"
+
+
 @contextmanager
 def _undone(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A step that is made within the block is taken back."""
@@ -240,7 +246,7 @@ def _looked_at(result: TrajectoryHypergradient, back: Lookback, products) -> Tra
             "(Adam's first steps, few hyperparameters: begin after a warm-up, or take several steps)"
         )
     elif growth > GROWN:
-        warn(ILL.format(f"the direction has grown {growth:.0f} times on its way back"))
+        warn(ILL.format(f"the direction has grown more than {_tens(growth)} times on its way back"))
     elif products.curvature is not None and products.curvature > max(CURVED, 2 * target(products.eps)):
-        warn(ILL.format(f"the curvature of pairs is {products.curvature:.2g} at every radius (0.01 is right in float32)"))
+        warn(ILL.format(f"the curvature of pairs is above {_tens(products.curvature)} at every radius (0.01 is right in float32)"))
     return result

@@ -80,7 +80,8 @@ def order(model, meta, step):
 
 def flags(script, *arguments):
     """{flag: the values that the runs have for it which `bash script --print` names, in order}"""
-    runs = [line for line in shell(script, "--print", *arguments).stdout.splitlines() if " --method " in line and " --check " not in line]
+    lines = shell(script, "--print", *arguments).stdout.splitlines()
+    runs = [line for line in lines if " --method " in line and " --check " not in line]
     found = {}
     for name, value in itertools.pairwise(" ".join(runs).split()):
         if name.startswith("--"):
