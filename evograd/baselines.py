@@ -286,12 +286,12 @@ def training_loss(problem: Problem, model: nn.Module | None = None) -> Tensor:
     """ℓ_T, to be differentiated twice; NotImplementedError for a weight norm that TorchScript computes, and has no right one."""
     closure = problem.train_loss
     loss = problem.scalar(closure, closure(problem.model if model is None else model))
-    if loss.requires_grad and scripted(problem.model):
-        if any(node.name().startswith("WeightNormInterface") for node in nodes([loss.grad_fn])):
-            raise NotImplementedError(
-                "double backward through torch._weight_norm in TorchScript, whose second derivative in PyTorch is wrong; take the "
-                "module unscripted, or use evograd.guided, which needs first derivatives alone"
-            )
+    made = nodes([loss.grad_fn]) if loss.requires_grad and scripted(problem.model) else ()
+    if any(node.name().startswith("WeightNormInterface") for node in made):
+        raise NotImplementedError(
+            "double backward through torch._weight_norm in TorchScript, whose second derivative in PyTorch is wrong; take the "
+            "module unscripted, or use evograd.guided, which needs first derivatives alone"
+        )
     return loss
 
 

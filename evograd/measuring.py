@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch._guards import detect_fake_mode
@@ -99,7 +99,7 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _computes(function) -> bool:
     returns = function._schema.returns
     if not returns:

@@ -44,10 +44,11 @@ def mixed_mode(
 
     Where PyTorch's formulas of forward mode are wrong under reverse mode (batch, layer and instance norm; solve, det, eigh and
     other linear algebra; cumulative products and log-sums) or missing (glu, packed sequences, fused RNNs), others are used:
-    `evograd.operations.forward_mode.ROWS` lists them. The same past Python (in TorchScript, torch.native_layer_norm) with λ before it, dropout
-    in TorchScript, operations without any formula (cdist, grid_sample, fused attention), and what forward mode cannot see through
-    (an autograd.Function without a jvp, tensor.data = ...) are refused by name. Gradients by inputs that train_loss takes itself
-    (torch.autograd.grad, of any order) are followed; its gradients by the parameters are for `unrolled`.
+    `evograd.operations.forward_mode.ROWS` lists them. The same past Python (in TorchScript, torch.native_layer_norm) with λ
+    before it, dropout in TorchScript, operations without any formula (cdist, grid_sample, fused attention), and what forward
+    mode cannot see through (an autograd.Function without a jvp, tensor.data = ...) are refused by name. Gradients by inputs
+    that train_loss takes itself (torch.autograd.grad, of any order) are followed; its gradients by the parameters are for
+    `unrolled`.
 
     Args:
         train_loss, val_loss, model, hyperparameters, parameters: as in `evograd.hypergradient`.

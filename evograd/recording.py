@@ -108,7 +108,8 @@ class Recording:
         exact = precision.eps == digits and not (scaler is not None and scaler.is_enabled())
         if not exact and self.every > 1:
             raise NotImplementedError(
-                f"every={self.every} runs steps again, which under autocast or a GradScaler come out in other digits; use every=1 with device='cpu'"
+                f"every={self.every} runs steps again, which under autocast or a GradScaler come out in other digits; use every=1 with "
+                "device='cpu'"
             )
         step = self._remembered(passes, loss, self.lam.flat(direct), exact)
         if clip_norm is not None:

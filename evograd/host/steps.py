@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, CodeType, FunctionType
@@ -181,10 +181,8 @@ def as_now(function: Callable, made: dict | None = None) -> Callable:
     names.update({name: taken(value) for name, value in names.items()}, __builtins__=file.get("__builtins__", __builtins__))
     names.setdefault("__name__", file.get("__name__"))
     for cell, before in zip(cells, function.__closure__ or ()):
-        try:
+        with suppress(ValueError):  # it is empty
             cell.cell_contents = taken(before.cell_contents)
-        except ValueError:  # it is empty
-            pass
     return now
 
 
