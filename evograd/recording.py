@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .host.away import Away
-from .host.checks import Closure, Parameters, check_scalar, kept, warn
+from .host.checks import Closure, Parameters, check_positive, check_scalar, kept, warn
 from .host.precision import Precision
 from .host.problem import Problem
 from .host.sharded import local
@@ -66,7 +67,29 @@ class Recording:
         return [p for p in self.own.values() if p.requires_grad]
 
     def _names(self) -> list[str]:
-        return _names(self.bare, self.optimizer, self.given, self.chosen, self.names)
+        """Of the parameters to go back through: what is trained, and what was until now."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        of_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for i, h in enumerate(self.given):
+            if id(h) in of_optimizer:
+                raise ValueError(f"hyperparameters[{i}] is among the optimizer's parameters; λ needs an optimizer of its own")
+        own = {n: p for n, p in self.bare.named_parameters() if id(p) in of_optimizer and (p.requires_grad or n in self.names)}
+        if len({id(p) for p in self.bare.parameters()} & of_optimizer) < len(of_optimizer):
+            raise ValueError(
+                "optimizer: it steps in tensors that are no parameters of the model; give it an optimizer of its own for these"
+            )
+        if self.chosen is None:
+            if not own:
+                raise ValueError("optimizer: it steps in no parameter of the model that requires grad")
+            return list(own)
+        names = list(self.chosen)
+        if bad := [name for name in names if name not in own]:
+            raise ValueError(
+                f"parameters: {bad[0]!r} is no name of a parameter that the optimizer steps in; it steps in {list(own)[:8]}"
+            )
+        return names
 
     def _stepped_in(self) -> list[int]:
         return [id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -295,41 +318,14 @@ def _changed(now: list[tuple], before: list[tuple]) -> set[int]:
     return found | {0} if len(now) != len(before) else found
 
 
-def _names(
-    model: nn.Module, optimizer: torch.optim.Optimizer, hyperparameters, parameters: Parameters, before: list[str]
-) -> list[str]:
-    """Of the parameters to go back through. before: those until now."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    of_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for i, h in enumerate(hyperparameters):
-        if id(h) in of_optimizer:
-            raise ValueError(f"hyperparameters[{i}] is among the optimizer's parameters; λ needs an optimizer of its own")
-    own = {n: p for n, p in model.named_parameters() if id(p) in of_optimizer and (p.requires_grad or n in before)}
-    if len({id(p) for p in model.parameters()} & of_optimizer) < len(of_optimizer):
-        raise ValueError(
-            "optimizer: it steps in tensors that are no parameters of the model; give it an optimizer of its own for these"
-        )
-    if parameters is None:
-        if not own:
-            raise ValueError("optimizer: it steps in no parameter of the model that requires grad")
-        return list(own)
-    names = list(parameters)
-    if bad := [name for name in names if name not in own]:
-        raise ValueError(
-            f"parameters: {bad[0]!r} is no name of a parameter that the optimizer steps in; it steps in {list(own)[:8]}"
-        )
-    return names
-
-
 def _checked(train_loss: Closure | Sequence[Closure], clip_norm: float | None) -> list[Closure]:
     closures = list(train_loss) if isinstance(train_loss, (list, tuple)) else [train_loss]
     if not closures or not all(map(callable, closures)):
         raise TypeError(
             f"train_loss must be a function of the model that returns a scalar loss, or several, not {train_loss!r}"
         )
-    if clip_norm is not None and not clip_norm > 0:  # inf clips nothing
-        raise ValueError(f"clip_norm={clip_norm!r} must be a positive number")
+    if clip_norm is not None and clip_norm != math.inf:  # which clips nothing
+        check_positive("clip_norm", clip_norm)
     return closures
 
 

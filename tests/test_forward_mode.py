@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import evograd
 from evograd.operations.forward_mode import ROWS, directional, explained
 
+from .problems import Sine
 from .test_hypergradient import relative_difference
 
 SAMPLES = 6  # of each operation, spread over those that PyTorch gives
@@ -596,26 +597,13 @@ def test_errors_of_the_loss_are_its_own(float64):
 # --- what is computed without gradients ---------------------------------------------------------------------------------
 
 
-class EnablesWithin(torch.autograd.Function):
+class EnablesWithin(Sine):
     """Its forward pass, for which PyTorch has gradients off by itself, switches them on and off again."""
 
     @staticmethod
     def forward(x):
         with torch.enable_grad():
             return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * ctx.saved_tensors[0].cos()
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent * ctx.saved_tensors[0].cos()
 
 
 def switched_off(h):

@@ -663,11 +663,13 @@ def bad():
     yield lambda: make()().hypergradient(run.val_loss), RuntimeError, "call step"
     yield lambda: make()().step(3), TypeError, "train_loss must be a function of the model"
     yield lambda: make()().step(run.next(), clip_norm=0), ValueError, "clip_norm=0"
+    yield lambda: make()().step(run.next(), clip_norm=True), ValueError, "clip_norm=True must be a positive, finite number"
+    yield lambda: make()().step(run.next(), clip_norm=math.nan), ValueError, "clip_norm=nan"
     yield lambda: make()().step(lambda m: None), ValueError, "train_loss must return a scalar.*it returned NoneType"
     yield lambda: make()().state_dict(), NotImplementedError, "no state_dict: its steps hold closures"
 
 
-@pytest.mark.parametrize("i", range(18))
+@pytest.mark.parametrize("i", range(20))
 def test_bad_input(i):
     call, kind, words = list(bad())[i]
     with pytest.raises(kind, match=words):
